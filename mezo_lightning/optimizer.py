@@ -1,0 +1,176 @@
+"""The update as an ordinary ``torch.optim.Optimizer``: it works in any PyTorch loop, with any LR scheduler.
+
+optimizer = MeZO(model.named_parameters(), lr=1e-6)
+evaluator = LeafScratch(model, optimizer.space)
+for step, batch in enumerate(batches):
+    estimate = CentralDifference(epsilon=1e-3).estimate(evaluator(lambda: loss(model, batch)), seed=step)
+    optimizer.step(estimate=estimate)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezo_lightning.interrupts import uninterrupted
+from mezo_lightning.parameters import ParameterSpace
+from mezo_lightning.rounding import RoundingName
+from mezo_lightning.samplers import Gaussian, Sampler
+from mezo_lightning.steps import GradientEstimate, Step, round_coefficient, round_fp32
+from mezo_lightning.trajectory import Trajectory
+
+Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class MeZO(torch.optim.Optimizer):
+    """Gradient descent along seeded directions (MeZO, Malladi et al., 2023, arXiv 2305.17333, algorithm 1).
+
+    ``theta <- (1 - lr * weight_decay) * theta - lr * scale * sum_i projected_grads[i] * z(seeds[i])``
+
+    Nothing is stored per weight, except what ``rounding`` needs. The coefficients are rounded to 12 significant bits;
+    see ``steps.py`` for what that buys. Deviations from the published code: weight decay is decoupled and by the kind of
+    parameter, not by its name, and the learning rate may be scheduled.
+
+    Args:
+        params: Parameters, preferably ``model.named_parameters()``, or parameter groups of them. Frozen ones are left
+            out. Their order fixes the positions of the directions.
+        lr: Learning rate; a group may have its own.
+        weight_decay: Decoupled weight decay of matrices and embeddings; parameters with fewer than two dimensions
+            (biases, norms) are not decayed, unless they are in a group with a ``weight_decay`` of its own.
+        sampler: The distribution of directions; None for ``Gaussian()``.
+        rounding: How updates get into 16-bit weights: ``stochastic``, ``compensated`` or ``master``; fp32 weights need
+            none of them.
+
+    Raises:
+        ValueError: If a number is out of range or no parameter is trainable.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-6,
+        *,
+        weight_decay: float = 0.0,
+        sampler: Sampler | None = None,
+        rounding: RoundingName = "stochastic",
+    ):
+        groups = _split_by_kind(_as_groups(params), weight_decay)
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for key in ("lr", "weight_decay"):
+                if not float(group[key]) >= 0:
+                    raise ValueError(f"{key}={group[key]} must not be negative")
+        placed = sorted(
+            (position, name, parameter, number)
+            for number, group in enumerate(self.param_groups)
+            for position, name, parameter in zip(
+                group.pop("positions"), group["param_names"], group["params"], strict=True
+            )
+        )
+        self.space = ParameterSpace.of(
+            [(name, parameter) for _, name, parameter, _ in placed],
+            [number for *_, number in placed],
+            sampler or Gaussian(),
+            rounding,
+        )
+        self.trajectory: Trajectory | None = None
+        """Where every step is recorded, if anywhere."""
+
+    def step(self, closure: Callable[[], Any] | None = None, *, estimate: GradientEstimate | None = None) -> Any:
+        """Apply an estimate to the weights, as one undivided change, and record it.
+
+        Args:
+            closure: Called once beforehand and its value returned; Lightning's hooks ride on it. It is not for the
+                objective, which belongs to an evaluator.
+            estimate: What to apply; an empty one counts as a step and changes nothing.
+
+        Raises:
+            ValueError: If there is no estimate.
+        """
+        result = closure() if closure is not None else None
+        if estimate is None:
+            raise ValueError("MeZO.step needs estimate=..., made by an estimator; there are no gradients to read")
+        step = self._make_step(estimate)
+        with uninterrupted():
+            self.space.apply([step])
+            if self.trajectory is not None:
+                self.trajectory.append(step)
+        return result
+
+    def _make_step(self, estimate: GradientEstimate) -> Step:
+        if not estimate.seeds:
+            return Step()
+        rates = [float(group["lr"]) for group in self.param_groups]
+        decays = [float(group["weight_decay"]) for group in self.param_groups]
+        return Step(
+            tuple(
+                (seed, tuple(round_coefficient(-lr * estimate.scale * g) for lr in rates))
+                for seed, g in zip(estimate.seeds, estimate.projected_grads, strict=True)
+            ),
+            tuple(round_fp32(1.0 - lr * decay) for lr, decay in zip(rates, decays, strict=True)),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state, and what rounding keeps beside 16-bit weights, by parameter name."""
+        stores = zip(self.space.slices, self.space.stores, strict=True)
+        beside = {piece.info.name: store.state for piece, store in stores if store.state is not None}
+        return {**super().state_dict(), "rounding": self.space.rounding, "beside": beside}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore ``state_dict()``.
+
+        Raises:
+            ValueError: If it was saved with another way of rounding.
+        """
+        if state_dict["rounding"] != self.space.rounding:
+            raise ValueError(
+                f"the state was saved with rounding={state_dict['rounding']!r}, this optimizer has "
+                f"rounding={self.space.rounding!r}; they keep different things beside the weights"
+            )
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        # Torch casts tensors in `state` to the weights' dtype, which would destroy these.
+        for piece, store in zip(self.space.slices, self.space.stores, strict=True):
+            if store.state is not None:
+                store.state.copy_(state_dict["beside"][piece.info.name])
+
+
+def _as_groups(params: Parameters) -> list[dict[str, Any]]:
+    """Parameter groups with names and positions, without the frozen parameters."""
+    items = list(params)
+    if items and not isinstance(items[0], dict):
+        items = [{"params": items}]
+    groups, position = [], 0
+    for group in items:
+        assert isinstance(group, dict), group
+        members: Any = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        named: list[tuple[str | None, Tensor]] = [m if isinstance(m, tuple) else (None, m) for m in members]
+        kept = []
+        for name, parameter in named:
+            if parameter.requires_grad:
+                kept.append((name or str(position), parameter, position))
+            position += 1
+        if kept:
+            positions = [at for *_, at in kept]
+            groups.append({**group, "params": [(name, p) for name, p, _ in kept], "positions": positions})
+    if not groups:
+        raise ValueError("there is no trainable parameter: requires_grad is False for all of them")
+    return groups
+
+
+def _split_by_kind(groups: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
+    """Move vectors and scalars to groups without weight decay, where a group has none of its own."""
+    result = []
+    for group in groups:
+        if "weight_decay" in group or not weight_decay:
+            result.append(group)
+            continue
+        for decayed in (True, False):
+            chosen = [i for i, (_, p) in enumerate(group["params"]) if (p.dim() >= 2) == decayed]
+            if chosen:
+                part = {key: [group[key][i] for i in chosen] for key in ("params", "positions")}
+                result.append({**group, **part, "weight_decay": weight_decay if decayed else 0.0})
+    return result

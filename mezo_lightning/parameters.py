@@ -1,0 +1,291 @@
+"""The flat vector of trainable parameters, and the slices of it that this process holds.
+
+Positions are those of the *unsharded* model: the trainable parameters one after another, in the order in which they
+were named, each in row-major order; tied parameters count once and frozen ones not at all. Whoever shards a model only
+has to say which slices of the vector a rank holds; nothing else here changes.
+
+Arithmetic is done in fp32 in chunks that stay in cache, each element rounded once per term and in the order of the
+terms, whatever the chunks are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from mezo_lightning.rounding import RoundingName, Store, make_store
+from mezo_lightning.samplers import GOLDEN, Sampler, chunk_numel, derive_seed, fill_lanes, mix64
+from mezo_lightning.steps import Point, Step
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One row of the parameter table: where a parameter lies in the flat vector of the unsharded model."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    group: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A piece of one parameter that this process holds: elements [begin, begin + numel) of the parameter."""
+
+    info: ParameterInfo
+    parameter: Tensor
+    begin: int = 0
+    numel: int = -1
+    """Elements held; -1 for all."""
+
+    def __len__(self) -> int:
+        return self.info.numel if self.numel < 0 else self.numel
+
+    @property
+    def start(self) -> int:
+        """The position of the slice's first element."""
+        return self.info.start + self.begin
+
+    @property
+    def weights(self) -> Tensor:
+        """The working weights, [numel], sharing storage with the parameter wherever that lies just now."""
+        return self.parameter.data.view(-1)[self.begin : self.begin + len(self)]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements [begin, end) of slice number ``slice``, at [at, at + end - begin) of their chunk."""
+
+    slice: int
+    group: int
+    begin: int
+    end: int
+    at: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.at, self.at + self.end - self.begin)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A run of positions without a gap, as much as is worked on at once."""
+
+    start: int
+    numel: int
+    pieces: tuple[_Piece, ...]
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Parameter groups and the widest spans of the chunk that belong to each."""
+        for group, run in groupby(self.pieces, key=lambda piece: piece.group):
+            pieces = list(run)
+            yield group, slice(pieces[0].span.start, pieces[-1].span.stop)
+
+
+class ParameterSpace:
+    """The trainable parameters as one vector on which directions act.
+
+    Args:
+        slices: What this process holds, in the order of positions, all on one device.
+        table: Every parameter of the unsharded model, in the order of positions.
+        sampler: The distribution of directions.
+        rounding: How updates get into 16-bit weights, see ``rounding.py``.
+    """
+
+    def __init__(
+        self, slices: Sequence[Slice], table: Sequence[ParameterInfo], sampler: Sampler, rounding: RoundingName
+    ):
+        self.slices = tuple(slices)
+        self.table = tuple(table)
+        self.sampler = sampler
+        self.rounding: RoundingName = rounding
+        self.stores: tuple[Store, ...] = tuple(make_store(piece.weights, rounding) for piece in self.slices)
+        self.device = self.slices[0].parameter.device
+        size = min(chunk_numel(self.device), sum(map(len, self.slices)))
+        self._chunks = tuple(_plan(self.slices, chunk_numel(self.device)))
+        self._values = torch.empty(size, dtype=torch.float32, device=self.device)
+        self._direction = torch.empty(size, dtype=torch.float32, device=self.device)
+        self._lanes = torch.empty(size, dtype=torch.int32, device=self.device)
+
+    @classmethod
+    def of(
+        cls, named: Sequence[tuple[str, Tensor]], groups: Sequence[int], sampler: Sampler, rounding: RoundingName
+    ) -> ParameterSpace:
+        """The space of whole, unsharded parameters.
+
+        Args:
+            named: (name, parameter) in the order of positions.
+            groups: The parameter group of each.
+            sampler: The distribution of directions.
+            rounding: How updates get into 16-bit weights.
+
+        Raises:
+            ValueError: If there is no parameter, or one is not contiguous, or they are on several devices.
+        """
+        if not named:
+            raise ValueError("there is no trainable parameter: requires_grad is False for all of them")
+        devices = {parameter.device for _, parameter in named}
+        if len(devices) > 1:
+            raise ValueError(
+                f"the parameters are on several devices ({', '.join(map(str, devices))}); move them to one"
+            )
+        table, start = [], 0
+        for (name, parameter), group in zip(named, groups, strict=True):
+            if not parameter.is_contiguous():
+                raise ValueError(f"parameter {name!r} is not contiguous in memory; assign parameter.data.contiguous()")
+            table.append(ParameterInfo(name, tuple(parameter.shape), start, group))
+            start += parameter.numel()
+        return cls(
+            [Slice(info, parameter) for info, (_, parameter) in zip(table, named, strict=True)],
+            table,
+            sampler,
+            rounding,
+        )
+
+    @property
+    def numel(self) -> int:
+        """The length of the unsharded vector."""
+        return self.table[-1].start + self.table[-1].numel
+
+    @torch.no_grad()
+    def save(self, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Copy the working weights of every slice, into earlier copies where given."""
+        if into is None:
+            return [piece.weights.clone() for piece in self.slices]
+        return [copy.copy_(piece.weights) for copy, piece in zip(into, self.slices, strict=True)]
+
+    @torch.no_grad()
+    def restore(self, saved: Sequence[Tensor]) -> None:
+        """Put saved working weights back, bit for bit."""
+        for copy, piece in zip(saved, self.slices, strict=True):
+            piece.weights.copy_(copy)
+
+    @torch.no_grad()
+    def move_to(self, point: Point, saved: Sequence[Tensor]) -> None:
+        """Make the working weights those of ``point``, where theta is ``saved``; rounded to nearest if 16-bit."""
+        for chunk in self._chunks:
+            values = self._values[: chunk.numel]
+            for piece in chunk.pieces:
+                values[piece.span] = saved[piece.slice][piece.begin : piece.end]
+            for seed, coefficient in point.terms:
+                direction = self.sampler.fill(self._direction[: chunk.numel], seed, chunk.start)
+                values.add_(direction, alpha=coefficient)
+            for piece in chunk.pieces:
+                self.slices[piece.slice].weights[piece.begin : piece.end] = values[piece.span]
+
+    @torch.no_grad()
+    def perturb(self, piece: Slice, point: Point, out: Tensor) -> None:
+        """Write one slice's weights at ``point`` into ``out``, [numel] in the weights' dtype; the slice is not changed."""
+        weights = piece.weights
+        for begin in range(0, len(piece), self._values.numel()):
+            source = weights[begin : begin + self._values.numel()]
+            values = self._values[: source.numel()].copy_(source)
+            for seed, coefficient in point.terms:
+                direction = self.sampler.fill(self._direction[: source.numel()], seed, piece.start + begin)
+                values.add_(direction, alpha=coefficient)
+            out[begin : begin + source.numel()] = values
+
+    @torch.no_grad()
+    def perturbed_rows(self, piece: Slice, rows: Tensor, point: Point) -> Tensor:
+        """Some rows of a matrix that this process holds whole, at ``point``: [rows, width] in the weights' dtype."""
+        width = piece.info.shape[-1]
+        weights = piece.weights.view(-1, width)
+        out = torch.empty(rows.numel(), width, dtype=weights.dtype, device=self.device)
+        count = max(1, self._values.numel() // width)
+        for begin in range(0, rows.numel(), count):
+            some = rows[begin : begin + count]
+            values = weights[some].to(torch.float32)
+            for seed, coefficient in point.terms:
+                values.add_(self.sampler.rows(seed, some * width + piece.start, width), alpha=coefficient)
+            out[begin : begin + count] = values
+        return out
+
+    @torch.no_grad()
+    def apply(self, steps: Sequence[Step]) -> None:
+        """Apply updates to the weights, in order; the same bits whether they come one by one or all at once."""
+        steps = [step for step in steps if not step.changes_nothing]
+        for chunk in self._chunks if steps else ():
+            for step in steps:
+                self._apply(step, chunk)
+
+    def _apply(self, step: Step, chunk: _Chunk) -> None:
+        values = self._values[: chunk.numel]
+        for piece in chunk.pieces:
+            weights = self.slices[piece.slice].weights[piece.begin : piece.end]
+            self.stores[piece.slice].read(weights, piece.begin, values[piece.span])
+        for group, span in chunk.spans():
+            if step.decays[group] != 1.0:
+                values[span].mul_(step.decays[group])
+        for seed, coefficients in step.terms:
+            if not any(coefficients):
+                continue
+            direction = self.sampler.fill(self._direction[: chunk.numel], seed, chunk.start)
+            for group, span in chunk.spans():
+                if coefficients[group]:  # adding 0 * z would turn -0.0 into +0.0
+                    values[span].add_(direction[span], alpha=coefficients[group])
+        lanes = self._lanes[: chunk.numel]
+        if self._rounds:
+            fill_lanes(lanes, derive_seed(step.rounding_seed, 1), chunk.start)
+        for piece in chunk.pieces:
+            weights = self.slices[piece.slice].weights[piece.begin : piece.end]
+            self.stores[piece.slice].write(weights, piece.begin, values[piece.span], lanes[piece.span])
+
+    @property
+    def _rounds(self) -> bool:
+        return any(piece.parameter.dtype != torch.float32 for piece in self.slices)
+
+    @torch.no_grad()
+    def fingerprint(self) -> int:
+        """A 64-bit hash of the working weights and their positions.
+
+        The sum, modulo 2^64, of a hash of every (position, bits) pair: the fingerprint of a sharded model is the sum of
+        its shards' fingerprints.
+        """
+        total = 0
+        for chunk in self._chunks:
+            for piece in chunk.pieces:
+                weights = self.slices[piece.slice].weights[piece.begin : piece.end]
+                bits = weights.view(torch.int32 if weights.element_size() == 4 else torch.int16).to(torch.int64)
+                start = chunk.start + piece.at
+                positions = torch.arange(start, start + bits.numel(), dtype=torch.int64, device=bits.device)
+                total += int(mix64(mix64(positions.add_(GOLDEN - 2**64)).add_(bits)).sum())
+        return total & _MASK64
+
+    def table_hash(self) -> str:
+        """A hash of the names, shapes and positions of the unsharded parameters."""
+        rows = [[info.name, list(info.shape), info.start] for info in self.table]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _plan(slices: Sequence[Slice], limit: int) -> Iterator[_Chunk]:
+    """Cut the slices into chunks of at most ``limit`` positions without gaps."""
+    pieces: list[_Piece] = []
+    start = stop = 0
+    for number, piece in enumerate(slices):
+        begin = 0
+        while begin < len(piece):
+            position = piece.start + begin
+            if pieces and (position != stop or stop - start == limit):
+                yield _Chunk(start, stop - start, tuple(pieces))
+                pieces = []
+            if not pieces:
+                start = stop = position
+            end = min(len(piece), begin + limit - (stop - start))
+            pieces.append(_Piece(number, piece.info.group, begin, end, stop - start))
+            stop += end - begin
+            begin = end
+    if pieces:
+        yield _Chunk(start, stop - start, tuple(pieces))

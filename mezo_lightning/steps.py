@@ -1,0 +1,94 @@
+"""Everything is coefficients on seeded directions: the three scalar-sized objects that the parts exchange.
+
+    Point            = theta + sum_j c_j z(s_j)                       where an objective is evaluated
+    GradientEstimate = scale * sum_i g_i z(s_i)                       what an estimator returns: O(q) scalars
+    Step             : theta <- decay * theta + sum_i c_i z(s_i)      what the optimizer applies and the trajectory records
+
+Coefficients are kept to 12 significant bits, as directions are: a product c * z is then exact in fp32 and a sum is
+rounded once, so that fused and unfused arithmetic, and any device, give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mezo_lightning.samplers import SIGNIFICANT_BITS
+
+if TYPE_CHECKING:
+    from mezo_lightning.evaluators import Evaluation
+
+_LARGEST_EXPONENT = 100  # |c| < 2^100, and |c| < 2^-100 becomes 0: products stay normal fp32 numbers
+
+
+def round_coefficient(value: float) -> float:
+    """The nearest number with 12 significant bits; magnitudes below 2^-100 become 0.
+
+    Raises:
+        ValueError: If the value is not finite, or is 2^100 or more.
+    """
+    if not math.isfinite(value) or abs(value) >= 2.0**_LARGEST_EXPONENT:
+        raise ValueError(f"coefficient {value} is not a finite number below 2^{_LARGEST_EXPONENT}")
+    mantissa, exponent = math.frexp(value)
+    if exponent < -_LARGEST_EXPONENT:
+        return 0.0
+    return math.ldexp(round(mantissa * 2**SIGNIFICANT_BITS), exponent - SIGNIFICANT_BITS)
+
+
+def round_fp32(value: float) -> float:
+    """The nearest fp32 number."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place where the objective is evaluated: theta plus ``terms`` of (seed, coefficient)."""
+
+    terms: tuple[tuple[int, float], ...] = ()
+    label: str = field(default="theta", compare=False)
+
+    def __post_init__(self) -> None:
+        rounded = tuple((seed, round_coefficient(coefficient)) for seed, coefficient in self.terms)
+        object.__setattr__(self, "terms", tuple(term for term in rounded if term[1]))
+
+
+@dataclass(frozen=True)
+class GradientEstimate:
+    """A gradient estimate ``scale * sum_i projected_grads[i] * z(seeds[i])``; an empty one is a skipped step."""
+
+    seeds: tuple[int, ...] = ()
+    projected_grads: tuple[float, ...] = ()
+    scale: float = 1.0
+    evaluation: Evaluation | None = None
+    """The values that the estimate was made from, for logs."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """Which points of the evaluation were compared with one another, for logs."""
+    skipped: str | None = None
+    """Why there is no estimate, where there is none."""
+
+    def __post_init__(self) -> None:
+        assert len(self.seeds) == len(self.projected_grads), (self.seeds, self.projected_grads)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update of the weights, with a coefficient and a decay for each parameter group.
+
+    ``theta_k <- decays[k] * theta_k + sum_i terms[i][1][k] * z(terms[i][0])`` for the parameters of group k, in fp32,
+    in the order of the terms. A step without terms changes nothing.
+    """
+
+    terms: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    decays: tuple[float, ...] = ()
+
+    @property
+    def rounding_seed(self) -> int:
+        """What seeds the stochastic rounding of 16-bit weights: the step's first direction."""
+        return self.terms[0][0]
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether applying the step would leave every weight as it is, bit for bit."""
+        return not self.terms or (all(decay == 1.0 for decay in self.decays) and not any(any(c) for _, c in self.terms))

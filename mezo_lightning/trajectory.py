@@ -1,0 +1,292 @@
+"""The append-only log of a run's steps, from which the tuned weights can be rebuilt bit for bit.
+
+A file is a header and then one record a step, 32 bytes for one query and one parameter group, 40 for two groups::
+
+    header   b"MEZOTRAJ", version u16, length u32, JSON (parameter table, groups, sampler, rounding, base), crc32
+    record   step u32, terms u16, groups u16, crc32 of these;
+             groups x decay f32, terms x (seed u64, groups x coefficient f32), crc32 of all before
+
+All numbers are little-endian. Coefficients have 12 significant bits, so that f32 holds them exactly. A record that a
+crash cut short at the end of the file is dropped with a warning; a wrong one anywhere else is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import nn
+
+from mezo_lightning.parameters import ParameterInfo, ParameterSpace
+from mezo_lightning.rounding import RoundingName
+from mezo_lightning.samplers import Gaussian, Rademacher, Sampler
+from mezo_lightning.steps import Step
+
+MAGIC = b"MEZOTRAJ"
+VERSION = 1
+_PREFIX = struct.Struct("<8sHI")
+_HEAD = struct.Struct("<IHH")
+_CRC = struct.Struct("<I")
+_SAMPLERS: dict[str, type[Sampler]] = {"Gaussian": Gaussian, "Rademacher": Rademacher}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a trajectory belongs to, and how its steps are to be read."""
+
+    table: tuple[ParameterInfo, ...]
+    """Every tuned parameter of the unsharded model: name, shape, position, group."""
+    sampler: str
+    """The name of the distribution of directions."""
+    rounding: RoundingName
+    """How updates get into 16-bit weights."""
+    dtypes: tuple[str, ...]
+    """The dtype of each parameter in the table."""
+    fingerprint: int
+    """A hash of the base weights, so that another model of the same shape is refused."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """Where the base weights come from, as far as the run knows."""
+
+    @classmethod
+    def of(cls, space: ParameterSpace, base: Mapping[str, Any] | None = None) -> Header:
+        """The header for a run that starts from the weights as they are now."""
+        dtypes = {piece.info.name: str(piece.parameter.dtype).removeprefix("torch.") for piece in space.slices}
+        return cls(
+            space.table,
+            type(space.sampler).__name__,
+            space.rounding,
+            tuple(dtypes[info.name] for info in space.table),
+            space.fingerprint(),
+            dict(base or {}),
+        )
+
+    @property
+    def num_groups(self) -> int:
+        """Parameter groups that a record has a decay and coefficients for."""
+        return max(info.group for info in self.table) + 1
+
+    def to_json(self) -> bytes:
+        """The header as it is written."""
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Header:
+        """The inverse of ``to_json``."""
+        fields = json.loads(text)
+        table = tuple(
+            ParameterInfo(row["name"], tuple(row["shape"]), row["start"], row["group"]) for row in fields["table"]
+        )
+        return cls(**{**fields, "table": table, "dtypes": tuple(fields["dtypes"])})
+
+    def make_sampler(self) -> Sampler:
+        """The sampler by its recorded name; names of strangers are not imported."""
+        if self.sampler not in _SAMPLERS:
+            raise ValueError(f"the trajectory's sampler {self.sampler!r} is unknown; known are {', '.join(_SAMPLERS)}")
+        return _SAMPLERS[self.sampler]()
+
+
+class Trajectory:
+    """A trajectory file: created by a run, appended to by its optimizer, read by a replay.
+
+    Use ``Trajectory.create`` or ``Trajectory.open``.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, header: Header, offsets: list[int]):
+        self.path = path
+        self.header = header
+        self._file = file
+        self._offsets = offsets  # where each record begins, and where the next one will
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], header: Header) -> Trajectory:
+        """Start a new file.
+
+        Raises:
+            FileExistsError: If there is one already: a log is never overwritten.
+        """
+        path = Path(path)
+        file = path.open("x+b")
+        text = header.to_json()
+        head = _PREFIX.pack(MAGIC, VERSION, len(text)) + text
+        file.write(head + _CRC.pack(zlib.crc32(head)))
+        file.flush()
+        return cls(path, file, header, [file.tell()])
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, append: bool = False) -> Trajectory:
+        """Open a file, check every record, and drop one that was cut short at the end.
+
+        Args:
+            path: The file, or a run's folder with a ``trajectory.bin``.
+            append: Whether more steps are to be appended; without, the file is not changed.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no trajectory, or damaged before its end.
+        """
+        path = Path(path)
+        path = path / "trajectory.bin" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no trajectory {path}")
+        file = path.open("r+b" if append else "rb")
+        try:
+            header = _read_header(file, path)
+            offsets = _scan(file, path, header.num_groups)
+        except ValueError:
+            file.close()
+            raise
+        if append:
+            file.truncate(offsets[-1])
+        return cls(path, file, header, offsets)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __iter__(self) -> Iterator[Step]:
+        for number in range(len(self)):
+            yield self[number]
+
+    def __getitem__(self, number: int) -> Step:
+        number = range(len(self))[number]
+        self._file.seek(self._offsets[number])
+        return _unpack(self._file.read(self._offsets[number + 1] - self._offsets[number]))
+
+    def append(self, step: Step) -> None:
+        """Write a step; it is in the operating system's hands when this returns."""
+        self._file.seek(self._offsets[-1])
+        self._file.write(_pack(len(self), step))
+        self._file.flush()
+        self._offsets.append(self._file.tell())
+
+    def truncate(self, steps: int) -> None:
+        """Forget all steps after the first ``steps``, as a resume from an earlier checkpoint does.
+
+        Raises:
+            ValueError: If there are fewer steps than that.
+        """
+        if steps > len(self):
+            raise ValueError(
+                f"{self.path} has {len(self)} steps, but the checkpoint was written after step {steps}: "
+                "they do not belong together, or the log was damaged"
+            )
+        self._file.truncate(self._offsets[steps])
+        del self._offsets[steps + 1 :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def replay(model: nn.Module, trajectory: Trajectory, *, stop: int | None = None) -> ParameterSpace:
+    """Rebuild tuned weights in ``model``, which must hold the base weights, bit for bit.
+
+    Args:
+        model: The module whose parameters the trajectory names, with the base weights in the dtypes of the run.
+        trajectory: The run.
+        stop: Apply this many steps; None for all.
+
+    Returns:
+        The parameter space, its weights and whatever rounding keeps beside them as the run left them.
+
+    Raises:
+        ValueError: If the model is not the one that the run started from.
+    """
+    header = trajectory.header
+    parameters = dict(model.named_parameters())
+    for info, dtype in zip(header.table, header.dtypes, strict=True):
+        if info.name not in parameters:
+            raise ValueError(f"{trajectory.path} tunes parameter {info.name!r}, which this model does not have")
+        parameter = parameters[info.name]
+        found = f"{tuple(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
+        if found != f"{info.shape} {dtype}":
+            raise ValueError(
+                f"{trajectory.path} has parameter {info.name!r} as {info.shape} {dtype}, this model has it as {found}"
+            )
+    space = ParameterSpace.of(
+        [(info.name, parameters[info.name]) for info in header.table],
+        [info.group for info in header.table],
+        header.make_sampler(),
+        header.rounding,
+    )
+    if space.fingerprint() != header.fingerprint:
+        raise ValueError(
+            f"{trajectory.path} starts from other weights than this model has: the names and shapes are the same, "
+            "the fingerprints are not; load the base model of the run"
+        )
+    space.apply([trajectory[number] for number in range(len(trajectory) if stop is None else stop)])
+    return space
+
+
+def _pack(number: int, step: Step) -> bytes:
+    head = _HEAD.pack(number, len(step.terms), len(step.decays))
+    record = head + _CRC.pack(zlib.crc32(head)) + struct.pack(f"<{len(step.decays)}f", *step.decays)
+    for seed, coefficients in step.terms:
+        record += struct.pack(f"<Q{len(coefficients)}f", seed, *coefficients)
+    return record + _CRC.pack(zlib.crc32(record))
+
+
+def _unpack(record: bytes) -> Step:
+    _, terms, groups = _HEAD.unpack_from(record)
+    at = _HEAD.size + _CRC.size
+    decays = struct.unpack_from(f"<{groups}f", record, at)
+    term = struct.Struct(f"<Q{groups}f")
+    at += 4 * groups
+    unpacked = [term.unpack_from(record, at + i * term.size) for i in range(terms)]
+    return Step(tuple((seed, tuple(coefficients)) for seed, *coefficients in unpacked), decays)
+
+
+def _read_header(file: BinaryIO, path: Path) -> Header:
+    prefix = file.read(_PREFIX.size)
+    if len(prefix) < _PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
+        raise ValueError(f"{path} is not a trajectory")
+    _, version, length = _PREFIX.unpack(prefix)
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version}; this program reads version {VERSION}")
+    text, crc = file.read(length), file.read(_CRC.size)
+    if len(crc) < _CRC.size or _CRC.unpack(crc)[0] != zlib.crc32(prefix + text):
+        raise ValueError(f"the header of {path} is damaged")
+    return Header.from_json(text)
+
+
+def _scan(file: BinaryIO, path: Path, groups: int) -> list[int]:
+    """Where the records begin, and where the next one will."""
+    begin, data = file.tell(), file.read()
+    offsets, at = [begin], 0
+    while at < len(data):
+        number = len(offsets) - 1
+        size = _record_size(data, at, number, groups)
+        rest = data[at:]
+        if size is not None and size <= len(rest) and _ends_in_crc(rest[:size]):
+            at += size
+            offsets.append(begin + at)
+            continue
+        # A crash leaves a part of one record, or a part and zeros that the file system had reserved.
+        cut_short = len(rest) < _HEAD.size + _CRC.size or (size is not None and len(rest) <= size) or not any(rest)
+        if not cut_short:
+            raise ValueError(f"{path}: the record of step {number} is damaged, and others follow it")
+        warnings.warn(f"{path}: the record of step {number} was cut short and is dropped", stacklevel=3)
+        break
+    return offsets
+
+
+def _record_size(data: bytes, at: int, number: int, groups: int) -> int | None:
+    """The size that the record at ``at`` says it has; None where its head is wrong."""
+    head = data[at : at + _HEAD.size + _CRC.size]
+    if len(head) < _HEAD.size + _CRC.size or not _ends_in_crc(head):
+        return None
+    found, terms, own_groups = _HEAD.unpack_from(head)
+    if found != number or own_groups not in (0, groups):
+        return None
+    return len(head) + 4 * own_groups + terms * (8 + 4 * own_groups) + _CRC.size
+
+
+def _ends_in_crc(data: bytes) -> bool:
+    return _CRC.unpack(data[-_CRC.size :])[0] == zlib.crc32(data[: -_CRC.size])
