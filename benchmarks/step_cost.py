@@ -1,0 +1,187 @@
+"""What one MeZO step costs beside two plain forwards, and how much memory it takes.
+
+    python benchmarks/step_cost.py [--shapes 8x128 4x64] [--rounds 7] [--model opt-125m]
+
+Time: two plain forwards, our step with each evaluator, and a plain-torch copy of the published step (four passes of
+``torch.normal`` and out-of-place additions), on the same model and batch, interleaved in one process; the best of the
+rounds counts, and ratios to the two forwards are what to read. Memory: each in a process of its own, peak resident
+(CPU) or allocated (CUDA) bytes. The weights are random: neither time nor memory depends on them.
+"""
+
+import argparse
+import gc
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from mezo_lightning import CentralDifference, Copy, Gaussian, LeafScratch, MeZO
+from mezo_lightning.evaluators import Evaluator
+
+EPSILON, LR = 1e-3, 1e-7
+MODELS = {
+    "opt-tiny": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2,
+                 "num_attention_heads": 4},
+    "opt-125m": {},
+    "opt-1.3b": {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
+                 "num_attention_heads": 32},
+}  # fmt: skip
+KINDS = ("two forwards", "ours, leaf scratch", "ours, copy", "published step")
+
+
+def make_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """An OPT of that shape with random weights."""
+    torch.manual_seed(0)
+    return OPTForCausalLM(OPTConfig(**MODELS[name])).to(device, dtype).eval()
+
+
+def make_loss(model: PreTrainedModel, batch: int, tokens: int) -> Callable[[], Tensor]:
+    """A language-model loss over the whole batch, logits and all: the plain forward of this benchmark."""
+    ids = torch.randint(5, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(model.device)
+
+    def loss() -> Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss.float()
+
+    return loss
+
+
+def published_step(model: PreTrainedModel, loss: Callable[[], Tensor], seed: int) -> None:
+    """The published step: perturb, forward, perturb, forward, restore, update, with z drawn each time anew."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def move(scale: float) -> None:
+        torch.manual_seed(seed)
+        for p in parameters:
+            z = torch.normal(mean=0, std=1, size=p.data.size(), device=p.device, dtype=p.dtype)
+            p.data = p.data + scale * z * EPSILON
+
+    move(1)
+    plus = loss()
+    move(-2)
+    minus = loss()
+    projected_grad = ((plus - minus) / (2 * EPSILON)).item()
+    move(1)
+    torch.manual_seed(seed)
+    for p in parameters:
+        z = torch.normal(mean=0, std=1, size=p.data.size(), device=p.device, dtype=p.dtype)
+        p.data = p.data - LR * (projected_grad * z)
+
+
+def make_steps(model: PreTrainedModel, loss: Callable[[], Tensor]) -> dict[str, Callable[[int], None]]:
+    """The four things to compare, each a function of a seed."""
+    evaluators: dict[str, tuple[MeZO, Evaluator]] = {}
+
+    def ours(kind: str, seed: int) -> None:
+        if kind not in evaluators:  # made when first used, so that a memory run holds only what it needs
+            optimizer = MeZO(model.named_parameters(), lr=LR, sampler=Gaussian())
+            make = {"leaf scratch": lambda: LeafScratch(model, optimizer.space), "copy": lambda: Copy(optimizer.space)}
+            evaluators[kind] = (optimizer, make[kind]())
+        optimizer, evaluator = evaluators[kind]
+        optimizer.step(estimate=CentralDifference(EPSILON).estimate(evaluator(loss), seed=seed))
+
+    def forwards(seed: int) -> None:
+        del seed
+        loss()
+        loss()
+
+    steps = (
+        forwards,
+        lambda seed: ours("leaf scratch", seed),
+        lambda seed: ours("copy", seed),
+        lambda seed: published_step(model, loss, seed),
+    )
+    return dict(zip(KINDS, steps, strict=True))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def measure_times(args: argparse.Namespace, batch: int, tokens: int) -> dict[str, float]:
+    """Best seconds of each kind, interleaved."""
+    model = make_model(args.model, args.dtype, args.device)
+    steps = make_steps(model, make_loss(model, batch, tokens))
+    best = dict.fromkeys(KINDS, float("inf"))
+    for seed in range(args.rounds + 1):
+        for kind, step in steps.items():
+            gc.collect()
+            synchronise(args.device)
+            start = time.perf_counter()
+            step(seed)
+            synchronise(args.device)
+            if seed:  # the first round warms up
+                best[kind] = min(best[kind], time.perf_counter() - start)
+    return best
+
+
+@torch.no_grad()
+def print_peak_memory(args: argparse.Namespace, batch: int, tokens: int) -> None:
+    """In a process of its own: run one kind a few times and print the peak in bytes."""
+    model = make_model(args.model, args.dtype, args.device)
+    step = make_steps(model, make_loss(model, batch, tokens))[args.memory_of]
+    for seed in range(3):
+        step(seed)
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def measure_memory(args: argparse.Namespace, shape: str) -> dict[str, float]:
+    """Peak bytes of each kind, each in a fresh process."""
+    peaks = {}
+    for kind in ("one forward", *KINDS[1:]):
+        options = {"model": args.model, "dtype": str(args.dtype).removeprefix("torch."), "device": args.device}
+        options |= {"shapes": shape, "memory-of": KINDS[0] if kind == "one forward" else kind}
+        command = [
+            sys.executable,
+            __file__,
+            *(word for name, value in options.items() for word in (f"--{name}", value)),
+        ]
+        peaks[kind] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return peaks
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="opt-125m")
+    parser.add_argument("--shapes", nargs="+", default=["8x128", "4x64"], metavar="BATCHxTOKENS")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    shapes = {shape: tuple(map(int, shape.split("x"))) for shape in args.shapes}
+    if args.memory_of:
+        print_peak_memory(args, *shapes[args.shapes[0]])
+        return
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"# Cost of one step, {args.model} shape, {str(args.dtype).removeprefix('torch.')}\n")
+    print(f"{date.today()}, {device}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"`python benchmarks/{' '.join(sys.argv).split('/')[-1]}`\n")
+    for shape, (batch, tokens) in shapes.items():
+        times, peaks = measure_times(args, batch, tokens), measure_memory(args, shape)
+        print(f"## batch {batch} x {tokens} tokens\n")
+        print("| | ms | times two forwards | peak MB | times one forward |\n|---|--:|--:|--:|--:|")
+        for kind in KINDS:
+            memory = peaks.get(kind, peaks["one forward"])
+            print(
+                f"| {kind} | {times[kind] * 1e3:.0f} | {times[kind] / times[KINDS[0]]:.2f} "
+                f"| {memory / 2**20:.0f} | {memory / peaks['one forward']:.2f} |"
+            )
+        print()
+
+
+if __name__ == "__main__":
+    main()
