@@ -45,7 +45,7 @@ class CentralDifference(Estimator):
     """Directions per step; each costs two forward passes."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+        if not (math.isfinite(self.epsilon) and round_coefficient(self.epsilon) > 0):
             raise ValueError(f"epsilon={self.epsilon} must be a positive number, such as 1e-3")
         if self.num_queries < 1:
             raise ValueError(f"num_queries={self.num_queries} must be at least 1")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -150,9 +151,14 @@ class Evaluator(ABC):
 
         def evaluate(points: Sequence[Point]) -> Evaluation:
             samples = []
-            with torch.inference_mode(), closing(self.visit(points)) as visits:
+            with (
+                torch.inference_mode(),
+                uninterrupted() as interruptible,
+                closing(self.visit(points)) as visits,
+            ):
                 for _ in visits:
-                    result = objective()
+                    with interruptible:
+                        result = objective()
                     samples.append(result if isinstance(result, Samples) else Samples.of(result))
             return Evaluation.of(points, samples, self.min_valid_fraction)
 
@@ -204,30 +210,38 @@ class LeafScratch(Evaluator):
         self._scratch = torch.empty(size, dtype=torch.uint8, device=space.device)
         self._scratch_user: nn.Module | None = None
         self._masters: dict[int, tuple[Tensor, Tensor]] = {}
+        self._users: Counter[int] = Counter()  # modules that are running, for each parameter: they may be nested
         self._unused = {piece.info.name for piece in space.slices}
         self._point = Point()
 
     def visit(self, points: Sequence[Point]) -> Generator[Point, None, None]:
         hooks = []
+        # Around all other hooks: those may compute from the weights, or change the output.
         for module in self._owners:
             if module in self._lookups:
-                hooks.append(module.register_forward_hook(self._look_up))
+                hooks.append(module.register_forward_hook(self._look_up, prepend=True, with_kwargs=True))
             else:
-                hooks.append(module.register_forward_pre_hook(self._enter))
+                hooks.append(module.register_forward_pre_hook(self._enter, prepend=True))
                 hooks.append(module.register_forward_hook(self._leave))
         try:
             for point in points:
                 self._point = point
                 yield point
                 self._check_all_used()
+                self._release()
         finally:
             with uninterrupted():
                 for hook in hooks:
                     hook.remove()
-                for parameter, master in self._masters.values():
-                    parameter.data = master
-                self._masters.clear()
-                self._scratch_user = None
+                self._release()
+
+    def _release(self) -> None:
+        """Give back what modules left behind that did not end, because of an exception."""
+        for parameter, master in self._masters.values():
+            parameter.data = master
+        self._masters.clear()
+        self._users.clear()
+        self._scratch_user = None
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         del args
@@ -239,6 +253,7 @@ class LeafScratch(Evaluator):
         for piece in own:
             parameter = piece.parameter
             self._unused.discard(piece.info.name)
+            self._users[id(parameter)] += 1
             if not self._point.terms or id(parameter) in self._masters:
                 continue
             weights, scratch = scratch[: _nbytes([piece])].view(parameter.dtype), scratch[_nbytes([piece]) :]
@@ -247,19 +262,27 @@ class LeafScratch(Evaluator):
             parameter.data = weights[: len(piece)].view(parameter.shape)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        del args, output
+        del args
         for piece in self._owners[module]:
-            parameter, master = self._masters.pop(id(piece.parameter), (piece.parameter, piece.parameter.data))
-            parameter.data = master
+            key = id(piece.parameter)
+            self._users[key] -= 1
+            if not self._users[key] and key in self._masters:
+                # An interrupt between the two must still find the master.
+                piece.parameter.data = self._masters[key][1]
+                del self._masters[key]
         if self._scratch_user is module:
             self._scratch_user = None
+            if _shares_memory(output, self._scratch):
+                self._scratch = torch.empty_like(self._scratch)
 
-    def _look_up(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _look_up(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
+    ) -> Tensor:
         [piece] = self._owners[module]
         self._unused.discard(piece.info.name)
         if not self._point.terms:
             return output
-        rows, inverse = args[0].unique(return_inverse=True)
+        rows, inverse = (args[0] if args else kwargs["input"]).unique(return_inverse=True)
         return self.space.perturbed_rows(piece, rows, self._point)[inverse]
 
     def _check_all_used(self) -> None:
@@ -267,7 +290,7 @@ class LeafScratch(Evaluator):
             names = sorted(self._unused)
             raise ValueError(
                 f"{len(names)} trainable parameters were not used by the forward of the module that holds them "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), so that LeafScratch cannot perturb them; "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): LeafScratch cannot perturb them; "
                 "use the evaluator Copy (in YAML: evaluator: copy), or freeze them"
             )
 
@@ -275,6 +298,13 @@ class LeafScratch(Evaluator):
 def _nbytes(slices: Sequence[Slice]) -> int:
     """The bytes of some slices, each rounded up to whole fp32 numbers."""
     return sum(-(-len(piece) * piece.parameter.element_size() // 4) * 4 for piece in slices)
+
+
+def _shares_memory(output: Any, buffer: Tensor) -> bool:
+    """Whether a module returned its weights, or a view of them."""
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    storage = buffer.untyped_storage().data_ptr()
+    return any(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == storage for part in outputs)
 
 
 def _is_plain_lookup(module: nn.Module) -> bool:

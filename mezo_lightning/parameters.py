@@ -140,7 +140,7 @@ class ParameterSpace:
         devices = {parameter.device for _, parameter in named}
         if len(devices) > 1:
             raise ValueError(
-                f"the parameters are on several devices ({', '.join(map(str, devices))}); move them to one"
+                f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}); move them to one"
             )
         table, start = [], 0
         for (name, parameter), group in zip(named, groups, strict=True):
@@ -188,7 +188,7 @@ class ParameterSpace:
 
     @torch.no_grad()
     def perturb(self, piece: Slice, point: Point, out: Tensor) -> None:
-        """Write one slice's weights at ``point`` into ``out``, [numel] in the weights' dtype; the slice is not changed."""
+        """Write one slice's weights at ``point`` into ``out``, [numel] in their dtype; the slice is not changed."""
         weights = piece.weights
         for begin in range(0, len(piece), self._values.numel()):
             source = weights[begin : begin + self._values.numel()]

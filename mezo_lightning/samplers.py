@@ -61,7 +61,8 @@ def derive_seed(seed: int, *path: int) -> int:
     """
     state = _mix64_int(seed + GOLDEN)
     for part in path:
-        state = _mix64_int((state ^ _mix64_int(part + GOLDEN)) + GOLDEN)
+        # The multiplication tells the state from the part: (1, 2) and (2, 1) must not meet.
+        state = _mix64_int(state * MULTIPLIERS[0] + _mix64_int(part + GOLDEN))
     return state
 
 
@@ -181,7 +182,7 @@ class LaneSampler(Sampler):
         """Write the elements for ``lanes`` (int32 [n]) into ``out`` (fp32 [n])."""
 
     def fill(self, out: Tensor, seed: int, start: int) -> Tensor:
-        assert out.dtype == torch.float32 and out.dim() == 1, (out.dtype, out.shape)
+        assert (out.dtype, out.dim()) == (torch.float32, 1), (out.dtype, out.shape)
         chunk = chunk_numel(out.device)
         for begin in range(0, out.numel(), chunk):
             part = out[begin : begin + chunk]
@@ -221,7 +222,7 @@ def _quantiles(device: torch.device) -> Tensor:
         return _quantiles(torch.device("cpu")).to(device)
     with torch.inference_mode(False):
         upper = [NormalDist().inv_cdf((k + 0.5) / 65536) for k in range(32768, 65536)]
-        half = torch.tensor(upper, dtype=torch.float64)
+        half = torch.tensor(upper, dtype=torch.float64, device=device)
         half /= half.square().mean().sqrt()
         mantissa, exponent = torch.frexp(half)
         half = torch.ldexp((mantissa * 2**SIGNIFICANT_BITS).round(), exponent - SIGNIFICANT_BITS).to(torch.float32)
@@ -229,7 +230,7 @@ def _quantiles(device: torch.device) -> Tensor:
     digest = hashlib.sha256(bytes(table.view(torch.uint8).tolist())).hexdigest()
     if digest != _QUANTILES_SHA256:
         raise RuntimeError(
-            f"the table of normal quantiles came out as {digest}, not {_QUANTILES_SHA256}: directions would differ from "
-            "those of other machines; please report this with your versions of Python and torch"
+            f"the table of normal quantiles came out as {digest}, not {_QUANTILES_SHA256}: directions would differ "
+            "from those of other machines; please report this with your versions of Python and torch"
         )
     return table

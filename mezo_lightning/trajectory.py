@@ -200,6 +200,9 @@ def replay(model: nn.Module, trajectory: Trajectory, *, stop: int | None = None)
         ValueError: If the model is not the one that the run started from.
     """
     header = trajectory.header
+    stop = len(trajectory) if stop is None else stop
+    if not 0 <= stop <= len(trajectory):
+        raise ValueError(f"stop={stop}, but {trajectory.path} has {len(trajectory)} steps; give a number up to that")
     parameters = dict(model.named_parameters())
     for info, dtype in zip(header.table, header.dtypes, strict=True):
         if info.name not in parameters:
@@ -221,7 +224,7 @@ def replay(model: nn.Module, trajectory: Trajectory, *, stop: int | None = None)
             f"{trajectory.path} starts from other weights than this model has: the names and shapes are the same, "
             "the fingerprints are not; load the base model of the run"
         )
-    space.apply([trajectory[number] for number in range(len(trajectory) if stop is None else stop)])
+    space.apply([trajectory[number] for number in range(stop)])
     return space
 
 
@@ -263,15 +266,14 @@ def _scan(file: BinaryIO, path: Path, groups: int) -> list[int]:
     while at < len(data):
         number = len(offsets) - 1
         size = _record_size(data, at, number, groups)
-        rest = data[at:]
-        if size is not None and size <= len(rest) and _ends_in_crc(rest[:size]):
+        if size is not None and at + size <= len(data) and _ends_in_crc(data[at : at + size]):
             at += size
             offsets.append(begin + at)
             continue
         # A crash leaves a part of one record, or a part and zeros that the file system had reserved.
-        cut_short = len(rest) < _HEAD.size + _CRC.size or (size is not None and len(rest) <= size) or not any(rest)
-        if not cut_short:
-            raise ValueError(f"{path}: the record of step {number} is damaged, and others follow it")
+        follows = data[at + (size or _HEAD.size + _CRC.size) :]
+        if any(follows):
+            raise ValueError(f"{path}: the record of step {number} is damaged, and there is more after it")
         warnings.warn(f"{path}: the record of step {number} was cut short and is dropped", stacklevel=3)
         break
     return offsets

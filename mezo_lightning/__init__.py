@@ -1,0 +1,74 @@
+"""Fine-tune any Hugging Face causal LM with forward passes only (MeZO), against any scalar reward, under Lightning.
+
+The names below are the public ones; the torch-only core is imported at once, the rest when it is first used, so that
+``MeZO`` in a plain PyTorch loop needs neither Lightning nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mezo_lightning.estimators import CentralDifference
+from mezo_lightning.evaluators import Copy, LeafScratch, Samples
+from mezo_lightning.optimizer import MeZO
+from mezo_lightning.samplers import Gaussian, Rademacher, derive_seed
+from mezo_lightning.steps import GradientEstimate, Point, Step
+from mezo_lightning.trajectory import Header, Trajectory, replay
+from mezo_lightning.transforms import Chain, Clip, Identity, Sign, Standardize
+
+if TYPE_CHECKING:
+    from mezo_lightning.completers import ChooseOption
+    from mezo_lightning.data import PromptDataModule
+    from mezo_lightning.encoding import Encoding
+    from mezo_lightning.generation import Generate
+    from mezo_lightning.models import Pretrained
+    from mezo_lightning.module import MeZOModule
+    from mezo_lightning.objectives import CrossEntropy, RewardObjective
+
+_LAZY = {
+    "ChooseOption": "completers",
+    "CrossEntropy": "objectives",
+    "Encoding": "encoding",
+    "Generate": "generation",
+    "MeZOModule": "module",
+    "Pretrained": "models",
+    "PromptDataModule": "data",
+    "RewardObjective": "objectives",
+}
+
+__all__ = [
+    "CentralDifference",
+    "Chain",
+    "ChooseOption",
+    "Clip",
+    "Copy",
+    "CrossEntropy",
+    "Encoding",
+    "Gaussian",
+    "Generate",
+    "GradientEstimate",
+    "Header",
+    "Identity",
+    "LeafScratch",
+    "MeZO",
+    "MeZOModule",
+    "Point",
+    "Pretrained",
+    "PromptDataModule",
+    "Rademacher",
+    "RewardObjective",
+    "Samples",
+    "Sign",
+    "Standardize",
+    "Step",
+    "Trajectory",
+    "derive_seed",
+    "replay",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,0 +1,172 @@
+"""The command ``mezo``: LightningCLI's subcommands for runs, and two of our own for what comes after.
+
+    mezo fit|validate|test|predict --config FILE [--config FILE ...] [--any.option VALUE ...]
+    mezo replay --trajectory RUN --output DIR
+    mezo export --checkpoint FILE --output DIR
+
+Every run has a folder of its own, ``run_dir``, with its configuration, trajectory, records, logs, checkpoints and
+report; resuming reopens it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jsonargparse import auto_cli, set_parsing_settings
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from mezo_lightning.callbacks import FlatRewardWarning, ReportWriter, RunRecorder, SampleTable
+from mezo_lightning.data import PromptDataModule
+from mezo_lightning.module import MeZOModule
+from mezo_lightning.predictions import PredictionWriter
+from mezo_lightning.rebuild import export_checkpoint, replay_run
+from mezo_lightning.refusals import check_strategy_name
+
+_DESCRIPTION = (
+    "Fine-tune a Hugging Face causal LM with forward passes only. Besides the commands below: `mezo replay` rebuilds "
+    "tuned weights from a run's trajectory, `mezo export` writes a checkpoint as a Hugging Face folder."
+)
+_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError)
+
+
+class MeZOCLI(LightningCLI):
+    """LightningCLI with a run folder, one seed, and the callbacks that make a run visible."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is not an argument of the model, the data or the trainer."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="folder of the run; null: a new one under runs/. To resume, give it again, with --ckpt_path last",
+        )
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        parser.add_lightning_class_args(SampleTable, "sample_table")
+        parser.add_lightning_class_args(FlatRewardWarning, "flat_reward_warning")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a strategy by its name: Lightning may have other reasons to, and would not say what to use."""
+        check_strategy_name(self._get(self.config, "trainer")["strategy"])
+
+    def before_fit(self) -> None:
+        """Refuse to write over an earlier run, before anything is loaded."""
+        if self.trainer.fast_dev_run or self._get(self.config, "ckpt_path"):  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        folder = Path(self.trainer.default_root_dir)
+        if (folder / "trajectory.bin").exists():
+            raise FileExistsError(
+                f"run_dir={str(folder)!r} holds a run already: choose another --run_dir, leave it out for a new "
+                "one, or go on with that run by --ckpt_path last"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Point the trainer, its loggers and callbacks to the run folder."""
+        run_dir = self._get(self.config, "run_dir") or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+        config = self._get(self.config_init, "trainer")
+        loggers = config["logger"]
+        if loggers is None:
+            # The names are empty so that both write to the run folder itself.
+            loggers = [kind(run_dir, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+        return super().instantiate_trainer(
+            **kwargs,
+            default_root_dir=run_dir,
+            logger=loggers if self.subcommand == "fit" else False,
+            callbacks=[RunRecorder(), *self._callbacks(config), PredictionWriter(), ReportWriter()],
+        )
+
+    @staticmethod
+    def _callbacks(config: dict[str, Any]) -> list[Callback]:
+        """The user's callbacks, and a progress bar if there is none among them."""
+        given = config["callbacks"]
+        callbacks = given if isinstance(given, list) else [] if given is None else [given]
+        wants_bar = config["enable_progress_bar"] is not False
+        if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks = [*callbacks, StepProgressBar()]
+        return callbacks
+
+
+class StepProgressBar(TQDMProgressBar):
+    """Lightning's bar without the version number, which a run folder does not have."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What is shown beside the bar."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+def _seed(value: bool | int) -> int:
+    if isinstance(value, bool):
+        raise ValueError(f"seed_everything={value}: give a number, for it decides directions and data order too")
+    return value
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: What follows ``mezo``; None for the process's own arguments.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    _silence()
+    sys.path.append(os.getcwd())  # so that a reward in a file beside the configuration can be imported
+    try:
+        if words and words[0] in ("replay", "export"):
+            auto_cli({"replay": replay_run, "export": export_checkpoint}, args=words, as_positional=False)
+        else:
+            _run(args if args is None else words)
+    except _USER_ERRORS as error:
+        sys.exit(f"mezo: error: {error}")
+
+
+def _run(args: list[str] | None) -> None:
+    MeZOCLI(
+        MeZOModule,
+        PromptDataModule,
+        args=args,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"description": _DESCRIPTION},
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "num_sanity_val_steps": -1,  # the whole of it: "before" is measured on all validation rows
+            "check_val_every_n_epoch": None,
+            "log_every_n_steps": 1,
+            "use_distributed_sampler": False,
+        },
+    )
+
+
+def _silence() -> None:
+    """Hush what others print about things that are so on purpose."""
+    for message in (
+        r".*does not have many workers",  # a batch is a few strings
+        r".*Checkpoint directory .* exists and is not empty",  # a resumed run
+        r".*Experiment logs directory .* exists and is not empty",
+        r".*Couldn't infer the batch indices",  # rows carry their own
+        r".*The dirpath has changed from",  # a checkpoint that is validated or tested from elsewhere
+        r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 on torch 2.13
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    transformers.utils.logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""From an estimate and its evaluation to the figures that are logged and kept."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from mezo_lightning.batch import Batch
+from mezo_lightning.evaluators import Evaluation, Samples
+from mezo_lightning.records import SampleRecord, StepRecord
+from mezo_lightning.steps import GradientEstimate
+
+
+def step_record(estimate: GradientEstimate, step: int, learning_rates: list[float], seconds: float) -> StepRecord:
+    """What is kept of a step.
+
+    Args:
+        estimate: The estimate that was applied, with its evaluation.
+        step: The number of the step, from 1.
+        learning_rates: Of each parameter group, as the step used them.
+        seconds: How long the step took.
+    """
+    evaluation = estimate.evaluation
+    assert evaluation is not None
+    identical = evaluation.identical_fraction(estimate.pairs)
+    return StepRecord(
+        step=step,
+        objective={point.label: mean for point, mean in zip(evaluation.points, evaluation.means, strict=True)},
+        projected_grads=list(estimate.projected_grads),
+        lr=learning_rates,
+        valid_fraction=float(evaluation.valid.double().mean()),
+        tie_fraction=evaluation.tie_fraction(estimate.pairs),
+        identical_fraction=None if math.isnan(identical) else identical,
+        probes_per_second=len(evaluation.points) / seconds,
+        skipped=estimate.skipped,
+        metrics=_mean_metrics(evaluation),
+    )
+
+
+def flatten(record: StepRecord) -> dict[str, float]:
+    """A record as one number per name, for loggers."""
+    figures = {f"objective/{label}": value for label, value in record.objective.items()}
+    several = len(record.projected_grads) > 1
+    figures |= {f"projected_grad{f'/q{i}' if several else ''}": g for i, g in enumerate(record.projected_grads)}
+    figures |= {f"lr{f'/group{i}' if len(record.lr) > 1 else ''}": lr for i, lr in enumerate(record.lr)}
+    figures |= record.metrics
+    figures |= {"valid_fraction": record.valid_fraction, "tie_fraction": record.tie_fraction}
+    if record.identical_fraction is not None:
+        figures["identical_fraction"] = record.identical_fraction
+    return {**figures, "probes_per_second": record.probes_per_second}
+
+
+def sample_records(batch: Batch, samples: Samples, step: int) -> list[SampleRecord]:
+    """The rows of a batch as a person reads them."""
+    completions = samples.completions or ("",) * len(batch)
+    metrics = {name: values.tolist() for name, values in samples.metrics.items()}
+    return [
+        SampleRecord(step, index, prompt, completion, {name: float(values[row]) for name, values in metrics.items()})
+        for row, (index, prompt, completion) in enumerate(zip(batch.index, batch.prompts, completions, strict=True))
+    ]
+
+
+def _mean_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Means over all probes and the samples that have a value."""
+    metrics = {}
+    for name in evaluation.samples[0].metrics:
+        values: Tensor = torch.cat([samples.metrics[name].double().cpu() for samples in evaluation.samples])
+        known = values[~values.isnan()].tolist()
+        if known:
+            metrics[name] = fmean(known)
+    return metrics

