@@ -125,7 +125,9 @@ class _BoundCrossEntropy(BoundObjective):
         scores = self._option_scorer(batch)
         answers = torch.tensor(_answers(batch), device=scores.device)
         loss = -scores.log_softmax(-1).gather(-1, answers[:, None])[:, 0]
-        return _samples(loss, {"loss": loss, "accuracy": (scores.argmax(-1) == answers).double()})
+        chosen = scores.argmax(-1)
+        texts = tuple(texts[place].strip() for texts, place in zip(batch.options or (), chosen.tolist(), strict=True))
+        return _samples(loss, {"loss": loss, "accuracy": (chosen == answers).double()}, texts)
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,8 @@ class _BoundReward(BoundObjective):
         return Samples(-weighted.masked_fill(~valid, 0.0), valid, answers.texts, metrics)
 
 
-def _samples(loss: Tensor, metrics: dict[str, Tensor]) -> Samples:
-    return Samples(loss[:, None], torch.ones_like(loss[:, None], dtype=torch.bool), None, metrics)
+def _samples(loss: Tensor, metrics: dict[str, Tensor], texts: tuple[str, ...] | None = None) -> Samples:
+    return Samples(loss[:, None], torch.ones_like(loss[:, None], dtype=torch.bool), texts, metrics)
 
 
 def _targets(batch: Batch) -> tuple[str, ...]:

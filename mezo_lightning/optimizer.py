@@ -31,8 +31,8 @@ class MeZO(torch.optim.Optimizer):
     ``theta <- (1 - lr * weight_decay) * theta - lr * scale * sum_i projected_grads[i] * z(seeds[i])``
 
     Nothing is stored per weight, except what ``rounding`` needs. The coefficients are rounded to 12 significant bits;
-    see ``steps.py`` for what that buys. Deviations from the published code: weight decay is decoupled and by the kind of
-    parameter, not by its name, and the learning rate may be scheduled.
+    see ``steps.py`` for what that buys. Deviations from the published code: weight decay is decoupled and by the kind
+    of parameter, not by its name, and the learning rate may be scheduled.
 
     Args:
         params: Parameters, preferably ``model.named_parameters()``, or parameter groups of them. Frozen ones are left
@@ -78,6 +78,7 @@ class MeZO(torch.optim.Optimizer):
         )
         self.trajectory: Trajectory | None = None
         """Where every step is recorded, if anywhere."""
+        self._steps = 0
 
     def step(self, closure: Callable[[], Any] | None = None, *, estimate: GradientEstimate | None = None) -> Any:
         """Apply an estimate to the weights, as one undivided change, and record it.
@@ -96,13 +97,16 @@ class MeZO(torch.optim.Optimizer):
         step = self._make_step(estimate)
         with uninterrupted():
             self.space.apply([step])
+            self._steps = step.number + 1
             if self.trajectory is not None:
                 self.trajectory.append(step)
         return result
 
     def _make_step(self, estimate: GradientEstimate) -> Step:
+        # A trajectory counts by itself: it may have been begun in the middle of a run.
+        number = self._steps if self.trajectory is None else len(self.trajectory)
         if not estimate.seeds:
-            return Step()
+            return Step(number=number)
         rates = [float(group["lr"]) for group in self.param_groups]
         decays = [float(group["weight_decay"]) for group in self.param_groups]
         return Step(
@@ -111,13 +115,14 @@ class MeZO(torch.optim.Optimizer):
                 for seed, g in zip(estimate.seeds, estimate.projected_grads, strict=True)
             ),
             tuple(round_fp32(1.0 - lr * decay) for lr, decay in zip(rates, decays, strict=True)),
+            number,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's state, and what rounding keeps beside 16-bit weights, by parameter name."""
+        """Torch's state, the count of steps, and what rounding keeps beside 16-bit weights, by parameter name."""
         stores = zip(self.space.slices, self.space.stores, strict=True)
         beside = {piece.info.name: store.state for piece, store in stores if store.state is not None}
-        return {**super().state_dict(), "rounding": self.space.rounding, "beside": beside}
+        return {**super().state_dict(), "steps": self._steps, "rounding": self.space.rounding, "beside": beside}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``.
@@ -131,6 +136,7 @@ class MeZO(torch.optim.Optimizer):
                 f"rounding={self.space.rounding!r}; they keep different things beside the weights"
             )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._steps = state_dict["steps"]
         # Torch casts tensors in `state` to the weights' dtype, which would destroy these.
         for piece, store in zip(self.space.slices, self.space.stores, strict=True):
             if store.state is not None:

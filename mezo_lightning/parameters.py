@@ -19,8 +19,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mezo_lightning.rounding import RoundingName, Store, make_store
-from mezo_lightning.samplers import GOLDEN, Sampler, chunk_numel, derive_seed, fill_lanes, mix64
+from mezo_lightning.rounding import RoundingName, Store, fill_rounding_lanes, make_store
+from mezo_lightning.samplers import GOLDEN, Sampler, chunk_numel, mix64
 from mezo_lightning.steps import Point, Step
 
 _MASK64 = (1 << 64) - 1
@@ -238,14 +238,14 @@ class ParameterSpace:
                     values[span].add_(direction[span], alpha=coefficients[group])
         lanes = self._lanes[: chunk.numel]
         if self._rounds:
-            fill_lanes(lanes, derive_seed(step.rounding_seed, 1), chunk.start)
+            fill_rounding_lanes(lanes, self.rounding, step.number, chunk.start)
         for piece in chunk.pieces:
             weights = self.slices[piece.slice].weights[piece.begin : piece.end]
             self.stores[piece.slice].write(weights, piece.begin, values[piece.span], lanes[piece.span])
 
     @property
     def _rounds(self) -> bool:
-        return any(piece.parameter.dtype != torch.float32 for piece in self.slices)
+        return self.rounding != "master" and any(piece.parameter.dtype != torch.float32 for piece in self.slices)
 
     @torch.no_grad()
     def fingerprint(self) -> int:

@@ -27,8 +27,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mezo_lightning.samplers import derive_seed, fill_lanes
+
 RoundingName = Literal["stochastic", "compensated", "master"]
 
+_ROUNDING = 0x5D1F0A6E93C7B248  # a seed that no user would choose
 _FP16_REBIAS = (127 - 15) << 23  # between the exponent fields of fp32 and of fp16
 _FP16_SMALLEST_NORMAL = 2.0**-14
 _EXTRA_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of fp32's mantissa beyond the 16-bit one
@@ -149,6 +152,28 @@ def _put(weights: Tensor, ordinal: Tensor, values: Tensor) -> None:
     ordinal.clamp_(max=_LARGEST[weights.dtype])
     sign = values.view(torch.int32) >> 31  # 0 or -1
     weights.view(torch.int16).copy_(ordinal | (sign & -0x8000))
+
+
+def fill_rounding_lanes(out: Tensor, rounding: RoundingName, number: int, start: int) -> None:
+    """Write the random bits with which a step rounds, into ``out`` (int32 [n], at most one chunk).
+
+    ``compensated`` uses the same lanes for two consecutive steps, the second time mirrored: each step is right on
+    average by itself, and half of the variance of their errors cancels. For ``stochastic`` that would not do: a number
+    at a power of two, of which there is one in 128, has finer neighbours below than above, which makes the second
+    step's error depend on the first one's.
+
+    Args:
+        out: Receives values in [0, 65536).
+        rounding: The way of rounding.
+        number: How many steps the run made before this one.
+        start: The first position.
+    """
+    if rounding == "compensated":
+        fill_lanes(out, derive_seed(_ROUNDING, number // 2), start)
+        if number % 2:
+            out.bitwise_xor_(0xFFFF)
+    else:
+        fill_lanes(out, derive_seed(_ROUNDING, number), start)
 
 
 def make_store(weights: Tensor, rounding: RoundingName) -> Store:

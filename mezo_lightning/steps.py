@@ -2,7 +2,7 @@
 
     Point            = theta + sum_j c_j z(s_j)                       where an objective is evaluated
     GradientEstimate = scale * sum_i g_i z(s_i)                       what an estimator returns: O(q) scalars
-    Step             : theta <- decay * theta + sum_i c_i z(s_i)      what the optimizer applies and the trajectory records
+    Step             : theta <- decay * theta + sum_i c_i z(s_i)      what the optimizer applies, the trajectory records
 
 Coefficients are kept to 12 significant bits, as directions are: a product c * z is then exact in fp32 and a sum is
 rounded once, so that fused and unfused arithmetic, and any device, give the same bits.
@@ -82,11 +82,8 @@ class Step:
 
     terms: tuple[tuple[int, tuple[float, ...]], ...] = ()
     decays: tuple[float, ...] = ()
-
-    @property
-    def rounding_seed(self) -> int:
-        """What seeds the stochastic rounding of 16-bit weights: the step's first direction."""
-        return self.terms[0][0]
+    number: int = field(default=0, compare=False)
+    """How many steps the run made before this one; it decides on the random bits of rounding."""
 
     @property
     def changes_nothing(self) -> bool:

@@ -237,13 +237,13 @@ def _pack(number: int, step: Step) -> bytes:
 
 
 def _unpack(record: bytes) -> Step:
-    _, terms, groups = _HEAD.unpack_from(record)
+    number, terms, groups = _HEAD.unpack_from(record)
     at = _HEAD.size + _CRC.size
     decays = struct.unpack_from(f"<{groups}f", record, at)
     term = struct.Struct(f"<Q{groups}f")
     at += 4 * groups
     unpacked = [term.unpack_from(record, at + i * term.size) for i in range(terms)]
-    return Step(tuple((seed, tuple(coefficients)) for seed, *coefficients in unpacked), decays)
+    return Step(tuple((seed, tuple(coefficients)) for seed, *coefficients in unpacked), decays, number)
 
 
 def _read_header(file: BinaryIO, path: Path) -> Header:
