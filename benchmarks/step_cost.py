@@ -11,12 +11,12 @@ rounds counts, and ratios to the two forwards are what to read. Memory: each in 
 import argparse
 import gc
 import platform
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -130,7 +130,9 @@ def print_peak_memory(args: argparse.Namespace, batch: int, tokens: int) -> None
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated())
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        # Not getrusage: its peak begins with that of the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        print(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def measure_memory(args: argparse.Namespace, shape: str) -> dict[str, float]:

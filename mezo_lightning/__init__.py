@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mezo_lightning.estimators import CentralDifference
-from mezo_lightning.evaluators import Copy, LeafScratch, Samples
+from mezo_lightning.evaluators import Copy, Samples
+from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.samplers import Gaussian, Rademacher, derive_seed
 from mezo_lightning.steps import GradientEstimate, Point, Step

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -24,12 +25,13 @@ import transformers
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from mezo_lightning.callbacks import FlatRewardWarning, ReportWriter, RunRecorder, SampleTable
 from mezo_lightning.data import PromptDataModule
-from mezo_lightning.module import MeZOModule
+from mezo_lightning.module import MeZOModule, TooManySkippedStepsError
 from mezo_lightning.predictions import PredictionWriter
 from mezo_lightning.rebuild import export_checkpoint, replay_run
 from mezo_lightning.refusals import check_strategy_name
@@ -38,7 +40,7 @@ _DESCRIPTION = (
     "Fine-tune a Hugging Face causal LM with forward passes only. Besides the commands below: `mezo replay` rebuilds "
     "tuned weights from a run's trajectory, `mezo export` writes a checkpoint as a Hugging Face folder."
 )
-_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError)
+_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, TooManySkippedStepsError, ArgumentError)
 
 
 class MeZOCLI(LightningCLI):
@@ -65,7 +67,7 @@ class MeZOCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse to write over an earlier run, before anything is loaded."""
-        if self.trainer.fast_dev_run or self._get(self.config, "ckpt_path"):  # pyright: ignore[reportAttributeAccessIssue]
+        if self._get(self.config, "ckpt_path"):
             return
         folder = Path(self.trainer.default_root_dir)
         if (folder / "trajectory.bin").exists():
@@ -73,6 +75,9 @@ class MeZOCLI(LightningCLI):
                 f"run_dir={str(folder)!r} holds a run already: choose another --run_dir, leave it out for a new "
                 "one, or go on with that run by --ckpt_path last"
             )
+
+    def _parse_ckpt_path(self) -> None:
+        """Let the configuration count: Lightning would put the checkpoint's model arguments in its place in silence."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Point the trainer, its loggers and callbacks to the run folder."""
@@ -98,6 +103,15 @@ class MeZOCLI(LightningCLI):
         if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks = [*callbacks, StepProgressBar()]
         return callbacks
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Lightning's callback, for runs only: validating in a run's folder must not replace the run's configuration."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write config.yaml."""
+        if stage == TrainerFn.FITTING:
+            super().setup(trainer, pl_module, stage)
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -126,7 +140,8 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.path.append(os.getcwd())  # so that a reward in a file beside the configuration can be imported
     try:
         if words and words[0] in ("replay", "export"):
-            auto_cli({"replay": replay_run, "export": export_checkpoint}, args=words, as_positional=False)
+            commands = {"replay": replay_run, "export": export_checkpoint}
+            auto_cli(commands, args=words, as_positional=False, exit_on_error=False)
         else:
             _run(args if args is None else words)
     except _USER_ERRORS as error:
@@ -140,7 +155,13 @@ def _run(args: list[str] | None) -> None:
         args=args,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"description": _DESCRIPTION},
+        # Not the parser's own exit, which prints all options of all classes before its one line.
+        parser_kwargs={
+            "description": _DESCRIPTION,
+            "exit_on_error": False,
+            **{command: {"exit_on_error": False} for command in MeZOCLI.subcommands()},
+        },
+        save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
             "num_sanity_val_steps": -1,  # the whole of it: "before" is measured on all validation rows

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class Pretrained:
     """run the modelling code that comes with the checkpoint"""
     adapter: dict[str, Any] | None = None
     """a PEFT configuration, such as {peft_type: LORA, r: 8, target_modules: [q_proj, v_proj]}; the base is frozen"""
+    trainable: str | None = None
+    """regular expression for the names of the parameters to tune, such as bias; null: all (of the adapter, with one)"""
 
     def load(self, dtype: torch.dtype = torch.float32) -> CausalLM:
         """The model on the CPU, in eval mode, every weight dense and of one dtype.
@@ -73,6 +76,8 @@ class Pretrained:
             )
         if self.adapter is not None:
             model = _with_adapter(model, self.adapter)
+        if self.trainable is not None:
+            _freeze_others(model, self.trainable)
         return model.eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -203,6 +208,18 @@ def _with_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
     return cast("PeftModel", wrapped)
+
+
+def _freeze_others(model: CausalLM, pattern: str) -> None:
+    try:
+        names = {name for name, p in model.named_parameters() if p.requires_grad and re.search(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"trainable={pattern!r} is no regular expression: {error}") from error
+    if not names:
+        example = next(iter(name for name, p in model.named_parameters() if p.requires_grad))
+        raise ValueError(f"trainable={pattern!r} fits no parameter's name; one is called {example!r}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
 
 
 def _merged(model: CausalLM) -> PreTrainedModel:

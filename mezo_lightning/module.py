@@ -11,13 +11,15 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,8 +29,9 @@ from mezo_lightning.batch import Batch
 from mezo_lightning.data import PromptDataModule
 from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import CentralDifference, Estimator
-from mezo_lightning.evaluators import Copy, Evaluator, LeafScratch, Samples
+from mezo_lightning.evaluators import Copy, Evaluator, Samples
 from mezo_lightning.interrupts import uninterrupted
+from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.measurements import flatten, sample_records, step_record
 from mezo_lightning.models import Pretrained
 from mezo_lightning.objectives import BoundObjective, Objective
@@ -36,6 +39,7 @@ from mezo_lightning.optimizer import MeZO
 from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.records import StepRecord
 from mezo_lightning.refusals import check_trainer
+from mezo_lightning.resuming import Lineage, check_new, check_resumed
 from mezo_lightning.samplers import derive_seed
 from mezo_lightning.startup import check_every_kind_counts
 from mezo_lightning.steps import GradientEstimate
@@ -52,6 +56,10 @@ _DIRECTIONS, _DECODING = 0, 1  # what a step's seeds are for
 _DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 _IN_PROGRESS_BAR = ("reward", "loss", "probes_per_second")
 _SMALL_SHARE = 0.1  # of the weights: so few trainable ones may well be copied
+
+
+class TooManySkippedStepsError(RuntimeError):
+    """A run was stopped because step after step was skipped."""
 
 
 class MeZOModule(pl.LightningModule):
@@ -123,10 +131,11 @@ class MeZOModule(pl.LightningModule):
         self.evaluator: Evaluator
         self._make_optimizer = optimizer
         self._make_scheduler = lr_scheduler
+        self._build_optimizer([("trial", nn.Parameter(torch.zeros(1)))])  # finds mistakes before a model is loaded
         self._bound: BoundObjective
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._base_fingerprint: int | None = None
+        self._lineage = Lineage()
 
     # -- the algorithm -------------------------------------------------------------------------------------------------
 
@@ -139,9 +148,9 @@ class MeZOModule(pl.LightningModule):
         estimate = self.estimator.estimate(evaluate, seed=derive_seed(self.seed, step, _DIRECTIONS))
         estimate = self.transform(estimate)
         learning_rates = self._learning_rates()
-        with uninterrupted():  # the weights and Lightning's count of steps change together
+        with uninterrupted():  # weights, Lightning's count of steps and the schedule change together
             self.optimizers().step(estimate=estimate)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        self._step_scheduler()
+            self._step_scheduler()
         record = step_record(estimate, step + 1, learning_rates, time.perf_counter() - started)
         self._log_step(record, estimate, len(batch))
         return {"record": record}
@@ -160,7 +169,8 @@ class MeZOModule(pl.LightningModule):
         return [dataclasses.asdict(record) for record in records]  # Lightning refuses frozen dataclasses here
 
     def _measure(self, batch: Batch, decoding_seed: int) -> Samples:
-        parts = [self._bound.samples(part, seed=decoding_seed) for part in batch.split(self.micro_batch_size)]
+        with _fp32_by_default():
+            parts = [self._bound.samples(part, seed=decoding_seed) for part in batch.split(self.micro_batch_size)]
         return Samples.concatenate(parts)
 
     def _evaluation_step(self, batch: Batch, stage: str) -> dict[str, Any]:
@@ -182,10 +192,19 @@ class MeZOModule(pl.LightningModule):
         del mode
         return super().train(False)
 
+    def to(self, *args: Any, **kwargs: Any) -> MeZOModule:
+        """Move to a device. `dtype=...` is ignored, for the model is loaded in its dtype already.
+
+        Lightning's bf16-true and 16-true would cast buffers too, such as rotary frequencies, which transformers keeps
+        in fp32: another model would be tuned than the one that is exported.
+        """
+        kwargs.pop("dtype", None)
+        return super().to(*args, **kwargs) if args or kwargs else self
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """Refuse what cannot work: this hook comes before Lightning's own checks and before any work."""
         check_trainer(self.trainer)
-        return []
+        return [_CloseTrajectory()]
 
     def configure_model(self) -> None:
         """Load the model in the trainer's precision, unless there is one, and bind the objective to it."""
@@ -195,6 +214,8 @@ class MeZOModule(pl.LightningModule):
     def _load(self, dtype: torch.dtype) -> None:
         if self.model is None:
             self.model = self.pretrained.load(dtype)
+        for parameter in self.model.parameters():  # of a model that was assigned
+            parameter.data = parameter.data.to(dtype)
         if self.tokenizer is None:
             self.tokenizer = self.pretrained.load_tokenizer()
         self._bound = self.objective.bind(cast("CausalLM", self.model), self.tokenizer, self.encoding)
@@ -203,22 +224,38 @@ class MeZOModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trainable parameters, under their names in the Hugging Face model."""
         assert self.model is not None
-        optimizer = self._make_optimizer(
+        optimizer, scheduler = self._build_optimizer(
             [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         )
+        return (
+            optimizer
+            if scheduler is None
+            else {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        )  # pyright: ignore
+
+    def _build_optimizer(self, named: list[tuple[str, nn.Parameter]]) -> tuple[MeZO, Any]:
+        optimizer = self._make_optimizer(named)
         if not isinstance(optimizer, MeZO):
             raise ValueError(
                 f"model.optimizer={type(optimizer).__name__} needs gradients, and there are none; use MeZO"
             )
-        if self._make_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._make_scheduler(optimizer)}}  # pyright: ignore
+        scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not isinstance(
+            scheduler, ReduceLROnPlateau
+        ):
+            raise ValueError(
+                "model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau does not say what to watch; use "
+                "lightning.pytorch.cli.ReduceLROnPlateau, with init_args: {monitor: val/reward, mode: max}"
+            )
+        return optimizer, scheduler
 
     def on_fit_start(self) -> None:
         """Build the evaluator, and find whatever is wrong with rows, rewards and parameters before the first step."""
-        # Eval mode is on purpose; Lightning warns of it at every start.
+        # Eval mode is on purpose, and so are checkpoints of the weights after a step; Lightning warns of both.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         assert self.model is not None
+        self._check_trajectory()
         self.evaluator = self._make_evaluator(self._mezo.space)
         splits = self.trainer.datamodule.splits if isinstance(self.trainer.datamodule, PromptDataModule) else {}  # pyright: ignore[reportAttributeAccessIssue]
         for batch in splits.values():
@@ -257,31 +294,43 @@ class MeZOModule(pl.LightningModule):
 
     # -- the trajectory and checkpoints --------------------------------------------------------------------------------
 
+    @property
+    def _trajectory_path(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "trajectory.bin"
+
+    def _check_trajectory(self) -> None:
+        """Refuse a folder that is another run's, before anything is written to it."""
+        if self.trainer.ckpt_path is None:
+            check_new(self._trajectory_path)
+        else:
+            check_resumed(self._trajectory_path, str(self.trainer.ckpt_path), self._lineage)
+
     def on_train_start(self) -> None:
         """Start the trajectory, or take it up again at the checkpoint's step."""
-        path = Path(self.trainer.default_root_dir) / "trajectory.bin"
+        path = self._trajectory_path
         if self.trainer.ckpt_path is None:
-            if path.exists():
-                raise FileExistsError(
-                    f"{path} is the trajectory of an earlier run: give this one a folder of its own (run_dir, or "
-                    "Trainer(default_root_dir=...)), or resume the earlier one with ckpt_path"
-                )
             path.parent.mkdir(parents=True, exist_ok=True)
             trajectory = Trajectory.create(path, Header.of(self._mezo.space, dataclasses.asdict(self.pretrained)))
         else:
             trajectory = Trajectory.open(path, append=True)
-            if trajectory.header.fingerprint != self._base_fingerprint:
-                raise ValueError(f"{path} is not the trajectory of the checkpoint {self.trainer.ckpt_path}")
             trajectory.truncate(self.global_step)
-        self._base_fingerprint = trajectory.header.fingerprint
         self._mezo.trajectory = trajectory
+
+    def close_trajectory(self) -> None:
+        """Close the file, all of which is on disk already; checkpoints may still be saved."""
+        if self.trainer.optimizers and self._mezo.trajectory is not None:
+            self._lineage = Lineage.of(self._mezo.trajectory, self.global_step)
+            self._mezo.trajectory.close()
+            self._mezo.trajectory = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know of."""
         assert self.model is not None
+        trajectory = self._mezo.trajectory if self.trainer.optimizers else None
+        lineage = self._lineage if trajectory is None else Lineage.of(trajectory, self.global_step)
         checkpoint["mezo"] = {
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "base_fingerprint": self._base_fingerprint,
+            "lineage": dataclasses.asdict(lineage),
             "skipped_steps": self._skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
         }
@@ -289,7 +338,13 @@ class MeZOModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back; outside of a trainer, load the model as well, in the checkpoint's dtype."""
         state = checkpoint["mezo"]
-        self._base_fingerprint = state["base_fingerprint"]
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"ckpt_path={self.trainer.ckpt_path} holds weights only (save_weights_only: true), which is enough to "
+                "validate, test, predict and export, but not to resume from"
+            )
+        self._lineage = Lineage(**state["lineage"])
         self._skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         dtype = getattr(torch, state["dtype"])
@@ -311,10 +366,14 @@ class MeZOModule(pl.LightningModule):
         figures = {**flatten(record), "skipped_steps": float(self._skipped_steps)}
         for name, value in figures.items():
             self.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, batch_size=batch_size)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Stop after too many skipped steps in a row; here, the last of them is on record."""
         if self._skipped_in_a_row >= self.max_skipped_steps:
-            raise RuntimeError(
-                f"{self._skipped_in_a_row} steps in a row were skipped, the last one because {estimate.skipped}; the "
-                "run is stopped, for it would change nothing (model.max_skipped_steps sets how many are too many)"
+            raise TooManySkippedStepsError(
+                f"{self._skipped_in_a_row} steps in a row were skipped, the last one because "
+                f"{outputs['record'].skipped}; the run is stopped, for it would change nothing "
+                "(model.max_skipped_steps sets how many are too many)"
             )
 
     def _log_evaluation(self, samples: Samples, stage: str) -> None:
@@ -335,6 +394,37 @@ class MeZOModule(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         """Step ReduceLROnPlateau, the one scheduler that waits for a validation."""
-        scheduler = self.lr_schedulers() if self.trainer.training and not self.trainer.sanity_checking else None
+        if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
+            return
+        scheduler = self.lr_schedulers()
         if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(self.trainer.callback_metrics[scheduler.monitor])
+            known = self.trainer.callback_metrics
+            if scheduler.monitor not in known:
+                raise ValueError(
+                    f"model.lr_scheduler watches monitor={scheduler.monitor!r}, which is not logged; there are "
+                    f"{', '.join(sorted(known))}"
+                )
+            scheduler.step(known[scheduler.monitor])
+
+
+class _CloseTrajectory(pl.Callback):
+    """Ends a run's log, in good order or not: Lightning tears no module down after an exception."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, MeZOModule)
+        pl_module.close_trajectory()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, MeZOModule)
+        pl_module.close_trajectory()
+
+
+@contextmanager
+def _fp32_by_default() -> Iterator[None]:
+    """Undo Lightning's default dtype of bf16-true and 16-true, in which rewards would be computed otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

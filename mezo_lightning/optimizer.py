@@ -57,6 +57,7 @@ class MeZO(torch.optim.Optimizer):
         sampler: Sampler | None = None,
         rounding: RoundingName = "stochastic",
     ):
+        self._has_all_groups = False
         groups = _split_by_kind(_as_groups(params), weight_decay)
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -70,6 +71,7 @@ class MeZO(torch.optim.Optimizer):
                 group.pop("positions"), group["param_names"], group["params"], strict=True
             )
         )
+        self._has_all_groups = True
         self.space = ParameterSpace.of(
             [(name, parameter) for _, name, parameter, _ in placed],
             [number for *_, number in placed],
@@ -101,6 +103,16 @@ class MeZO(torch.optim.Optimizer):
             if self.trajectory is not None:
                 self.trajectory.append(step)
         return result
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Part of torch's own construction; later on the positions of the directions are fixed.
+
+        Raises:
+            ValueError: After construction.
+        """
+        if self._has_all_groups:
+            raise ValueError("MeZO cannot take another parameter group: give it all of them when it is made")
+        super().add_param_group(param_group)
 
     def _make_step(self, estimate: GradientEstimate) -> Step:
         # A trajectory counts by itself: it may have been begun in the middle of a run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class PredictionWriter(BasePredictionWriter):
         """Append a batch."""
         rows: list[dict[str, Any]] = prediction
         with open(Path(trainer.default_root_dir) / FILE, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            for row in rows:
+                metrics = {name: value if math.isfinite(value) else None for name, value in row["metrics"].items()}
+                file.write(json.dumps({**row, "metrics": metrics}, allow_nan=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -24,21 +25,21 @@ def replay_run(trajectory: Path, output: Path, steps: int | None = None, trust_r
     Raises:
         ValueError: If the base weights that can be loaded are not those that the run started from.
     """
-    log = Trajectory.open(trajectory)
-    if steps is not None and not 0 <= steps <= len(log):
-        raise ValueError(f"steps={steps}: {log.path} has {len(log)} steps")
-    if not log.header.base:
-        raise ValueError(
-            f"{log.path} does not say where its base weights come from; use mezo_lightning.replay(model, ...)"
+    with closing(Trajectory.open(trajectory)) as log:
+        if steps is not None and not 0 <= steps <= len(log):
+            raise ValueError(f"steps={steps}: {log.path} has {len(log)} steps")
+        if not log.header.base:
+            raise ValueError(
+                f"{log.path} does not say where its base weights come from; use mezo_lightning.replay(model, ...)"
+            )
+        pretrained = Pretrained(**{**log.header.base, "trust_remote_code": trust_remote_code})
+        model = pretrained.load(getattr(torch, log.header.dtypes[0]))
+        space = replay(model, log, stop=steps)
+        export(model, pretrained.load_tokenizer(), output)
+        Console().print(
+            f"Replayed {len(log) if steps is None else steps} of {len(log)} steps on {pretrained.name}: {output} "
+            f"(fingerprint of the weights {space.fingerprint():016x})"
         )
-    pretrained = Pretrained(**{**log.header.base, "trust_remote_code": trust_remote_code})
-    model = pretrained.load(getattr(torch, log.header.dtypes[0]))
-    space = replay(model, log, stop=steps)
-    export(model, pretrained.load_tokenizer(), output)
-    Console().print(
-        f"Replayed {len(log) if steps is None else steps} of {len(log)} steps on {pretrained.name}: {output} "
-        f"(fingerprint of the weights {space.fingerprint():016x})"
-    )
 
 
 def export_checkpoint(checkpoint: Path, output: Path) -> None:

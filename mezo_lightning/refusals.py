@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -64,6 +64,12 @@ def _check_fit(trainer: Trainer) -> None:
             raise ValueError(
                 "the callback StochasticWeightAveraging cannot be used: averaged weights are not the trajectory's; "
                 "decay the learning rate instead, with model.lr_scheduler"
+            )
+        # Lightning 2.6 passes over it in silence where optimization is manual.
+        if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+            raise ValueError(
+                "ModelCheckpoint's train_time_interval cannot be used: Lightning ignores it under manual optimization; "
+                "set every_n_train_steps"
             )
         if isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches():
             raise ValueError(

@@ -48,7 +48,7 @@ def check_every_kind_counts(
         if torch.equal(*outputs):
             raise ValueError(
                 f"perturbing the trainable parameters {kind} ({len(pieces)} of them) does not change the model's "
-                "output, so that they would never be tuned: are they merged or cached in eval mode, or not used at all? "
+                "output, so they would never be tuned: are they merged or cached in eval mode, or not used at all? "
                 "Freeze them (requires_grad = False) or mend the model; model.startup_checks: false skips this check"
             )
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezo_lightning.estimators import CentralDifference
-from mezo_lightning.evaluators import Copy, Evaluation, LeafScratch, Samples
+from mezo_lightning.evaluators import Copy, Evaluation, Samples
+from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.samplers import Gaussian, Rademacher, Sampler, derive_seed
 from mezo_lightning.steps import Point, round_coefficient

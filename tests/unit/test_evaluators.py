@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from mezo_lightning.evaluators import Copy, Evaluation, Evaluator, LeafScratch, Samples
+from mezo_lightning.evaluators import Copy, Evaluation, Evaluator, Samples
+from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.samplers import Gaussian
 from mezo_lightning.steps import Point
@@ -410,3 +411,29 @@ def test_samples_of_micro_batches_are_those_of_the_batch():
     assert whole.completions == ("t",) * 5
     assert whole.metrics["f1"].shape == (5,)
     assert Samples.concatenate(parts[:1]) is parts[0]
+
+
+class UsesWeightElsewhere(nn.Module):
+    """A head that multiplies with the embedding's weight itself, without calling the module that holds it."""
+
+    def __init__(self, transposed: bool):
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.transposed = transposed
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        assert self.embed.weight.dtype == torch.float32  # asking is no use
+        hidden = self.embed(ids).mean(1)
+        weight = self.embed.weight
+        return hidden @ weight.T if self.transposed else nn.functional.linear(hidden, weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_leaf_scratch_refuses_a_weight_that_is_used_outside_of_its_module(transposed: bool) -> None:
+    model = UsesWeightElsewhere(transposed)
+    ids = torch.arange(6).view(2, 3)
+    optimizer = MeZO(model.named_parameters())
+    points = [Point(((1, 0.1),))]
+    with pytest.raises(ValueError, match=r"embed\.weight.*outside.*evaluator: copy"):
+        LeafScratch(model, optimizer.space)(lambda: model(ids).sum())(points)
+    assert Copy(optimizer.space)(lambda: model(ids).sum())(points).skip_reason is None

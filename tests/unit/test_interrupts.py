@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mezo_lightning import evaluators, interrupts, optimizer
-from mezo_lightning.evaluators import Copy, Evaluator, LeafScratch
+from mezo_lightning.evaluators import Copy, Evaluator
 from mezo_lightning.interrupts import uninterrupted
+from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.samplers import Gaussian

@@ -14,6 +14,7 @@ TORCH_ONLY = [
     "rounding",
     "parameters",
     "evaluators",
+    "leaf_scratch",
     "interrupts",
     "estimators",
     "transforms",
@@ -48,7 +49,7 @@ with warnings.catch_warnings():
 for name in {TORCH_ONLY}:
     importlib.import_module("mezo_lightning." + name)
 from mezo_lightning.estimators import CentralDifference
-from mezo_lightning.evaluators import LeafScratch
+from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 model = torch.nn.Linear(3, 2)
 mezo = MeZO(model.named_parameters(), lr=1e-2)

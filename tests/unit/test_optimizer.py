@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from mezo_lightning.estimators import CentralDifference
-from mezo_lightning.evaluators import LeafScratch
+from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian, Rademacher
@@ -259,3 +259,10 @@ def test_an_lstm_learns_with_the_bare_optimizer(sampler: Gaussian | Rademacher):
         after = float(objective().mean())
     assert before > 0.6
     assert after < 0.2
+
+
+def test_a_later_parameter_group_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = MeZO([("weight", model.weight)])
+    with pytest.raises(ValueError, match="another parameter group"):
+        optimizer.add_param_group({"params": [("bias", model.bias)]})

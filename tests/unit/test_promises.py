@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezo_lightning.estimators import CentralDifference
-from mezo_lightning.evaluators import Copy, LeafScratch, Samples
+from mezo_lightning.evaluators import Copy, Samples
+from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.rounding import RoundingName
