@@ -63,6 +63,14 @@ def sample_records(batch: Batch, samples: Samples, step: int) -> list[SampleReco
     ]
 
 
+def known_values(samples: Samples) -> dict[str, Tensor]:
+    """The objective and each metric of a batch, fp64, over the samples that have one; nothing where none has."""
+    valid = samples.valid.any(-1)
+    objective = samples.values.masked_fill(~samples.valid, 0.0).sum(-1).double()
+    figures = {name: values[~values.isnan()].double() for name, values in samples.metrics.items()}
+    return {name: known for name, known in {"objective": objective[valid], **figures}.items() if known.numel()}
+
+
 def _mean_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Means over all probes and the samples that have a value."""
     metrics = {}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from mezo_lightning.estimators import CentralDifference, Estimator
 from mezo_lightning.evaluators import Copy, Evaluator, Samples
 from mezo_lightning.interrupts import uninterrupted
 from mezo_lightning.leaf_scratch import LeafScratch
-from mezo_lightning.measurements import flatten, sample_records, step_record
+from mezo_lightning.measurements import flatten, known_values, sample_records, step_record
 from mezo_lightning.models import Pretrained
 from mezo_lightning.objectives import BoundObjective, Objective
 from mezo_lightning.optimizer import MeZO
@@ -41,6 +41,7 @@ from mezo_lightning.records import StepRecord
 from mezo_lightning.refusals import check_trainer
 from mezo_lightning.resuming import Lineage, check_new, check_resumed
 from mezo_lightning.samplers import derive_seed
+from mezo_lightning.schedules import build_optimizer, step_after_training_step, step_after_validation
 from mezo_lightning.startup import check_every_kind_counts
 from mezo_lightning.steps import GradientEstimate
 from mezo_lightning.trajectory import Header, Trajectory
@@ -131,7 +132,8 @@ class MeZOModule(pl.LightningModule):
         self.evaluator: Evaluator
         self._make_optimizer = optimizer
         self._make_scheduler = lr_scheduler
-        self._build_optimizer([("trial", nn.Parameter(torch.zeros(1)))])  # finds mistakes before a model is loaded
+        trial = [("trial", nn.Parameter(torch.zeros(1)))]
+        build_optimizer(optimizer, lr_scheduler, trial)  # finds mistakes before a model is loaded
         self._bound: BoundObjective
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
@@ -150,7 +152,7 @@ class MeZOModule(pl.LightningModule):
         learning_rates = self._learning_rates()
         with uninterrupted():  # weights, Lightning's count of steps and the schedule change together
             self.optimizers().step(estimate=estimate)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-            self._step_scheduler()
+            step_after_training_step(self.lr_schedulers())
         record = step_record(estimate, step + 1, learning_rates, time.perf_counter() - started)
         self._log_step(record, estimate, len(batch))
         return {"record": record}
@@ -175,7 +177,8 @@ class MeZOModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str) -> dict[str, Any]:
         samples = self._measure(batch, self.seed)  # the same noise at every validation
-        self._log_evaluation(samples, stage)
+        for name, known in known_values(samples).items():  # means over all batches, weighted by the rows that count
+            self.log(f"{stage}/{name}", known.mean(), batch_size=known.numel(), prog_bar=name == "reward")
         shown = [place for place, index in enumerate(batch.index) if index < self.num_samples]
         records = sample_records(batch, samples, self.global_step)
         return {"samples": [records[place] for place in shown]}
@@ -224,30 +227,12 @@ class MeZOModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trainable parameters, under their names in the Hugging Face model."""
         assert self.model is not None
-        optimizer, scheduler = self._build_optimizer(
-            [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        )
-        return (
-            optimizer
-            if scheduler is None
-            else {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-        )  # pyright: ignore
-
-    def _build_optimizer(self, named: list[tuple[str, nn.Parameter]]) -> tuple[MeZO, Any]:
-        optimizer = self._make_optimizer(named)
-        if not isinstance(optimizer, MeZO):
-            raise ValueError(
-                f"model.optimizer={type(optimizer).__name__} needs gradients, and there are none; use MeZO"
-            )
-        scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not isinstance(
-            scheduler, ReduceLROnPlateau
-        ):
-            raise ValueError(
-                "model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau does not say what to watch; use "
-                "lightning.pytorch.cli.ReduceLROnPlateau, with init_args: {monitor: val/reward, mode: max}"
-            )
-        return optimizer, scheduler
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        optimizer, scheduler = build_optimizer(self._make_optimizer, self._make_scheduler, named)
+        if scheduler is None:
+            return optimizer
+        # The interval is for LearningRateMonitor, which would log once an epoch otherwise.
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # pyright: ignore
 
     def on_fit_start(self) -> None:
         """Build the evaluator, and find whatever is wrong with rows, rewards and parameters before the first step."""
@@ -376,35 +361,13 @@ class MeZOModule(pl.LightningModule):
                 "(model.max_skipped_steps sets how many are too many)"
             )
 
-    def _log_evaluation(self, samples: Samples, stage: str) -> None:
-        valid = samples.valid.any(-1)
-        values = samples.values.masked_fill(~samples.valid, 0.0).sum(-1).double().masked_fill(~valid, torch.nan)
-        for name, value in {"objective": values, **samples.metrics}.items():
-            known = value[~value.isnan()]
-            if known.numel():  # weighted by the rows that have a value, over all batches
-                self.log(f"{stage}/{name}", known.double().mean(), batch_size=known.numel(), prog_bar=name == "reward")
-
     def _learning_rates(self) -> list[float]:
         return [float(group["lr"]) for group in self._mezo.param_groups]
 
-    def _step_scheduler(self) -> None:
-        scheduler = self.lr_schedulers()
-        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-
     def on_validation_end(self) -> None:
-        """Step ReduceLROnPlateau, the one scheduler that waits for a validation."""
-        if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
-            return
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, ReduceLROnPlateau):
-            known = self.trainer.callback_metrics
-            if scheduler.monitor not in known:
-                raise ValueError(
-                    f"model.lr_scheduler watches monitor={scheduler.monitor!r}, which is not logged; there are "
-                    f"{', '.join(sorted(known))}"
-                )
-            scheduler.step(known[scheduler.monitor])
+        """Step a scheduler that waits for a validation."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            step_after_validation(self.lr_schedulers(), self.trainer.callback_metrics)
 
 
 class _CloseTrajectory(pl.Callback):

@@ -1,0 +1,56 @@
+"""From what the configuration says to an optimizer and a learning-rate schedule that fit one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import lr_scheduler as torch_schedulers
+
+from mezo_lightning.optimizer import MeZO
+
+
+def build_optimizer(
+    make_optimizer: Callable[[Iterable], Optimizer],
+    make_scheduler: LRSchedulerCallable | None,
+    named: list[tuple[str, nn.Parameter]],
+) -> tuple[MeZO, Any]:
+    """The optimizer over some named parameters, and its scheduler or None.
+
+    Raises:
+        ValueError: If the optimizer needs gradients, or the scheduler waits for a figure without saying which.
+    """
+    optimizer = make_optimizer(named)
+    if not isinstance(optimizer, MeZO):
+        raise ValueError(f"model.optimizer={type(optimizer).__name__} needs gradients, and there are none; use MeZO")
+    scheduler = None if make_scheduler is None else make_scheduler(optimizer)
+    if isinstance(scheduler, torch_schedulers.ReduceLROnPlateau) and not isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau does not say what to watch; use "
+            "lightning.pytorch.cli.ReduceLROnPlateau, with init_args: {monitor: val/reward, mode: max}"
+        )
+    return optimizer, scheduler
+
+
+def step_after_training_step(scheduler: Any) -> None:
+    """Step a scheduler, unless there is none or it waits for a validation."""
+    if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step()
+
+
+def step_after_validation(scheduler: Any, metrics: Mapping[str, Tensor]) -> None:
+    """Step ReduceLROnPlateau, the one scheduler that waits for a validation.
+
+    Raises:
+        ValueError: If what it watches is not among the metrics.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if scheduler.monitor not in metrics:
+            raise ValueError(
+                f"model.lr_scheduler watches monitor={scheduler.monitor!r}, which is not logged; there are "
+                f"{', '.join(sorted(metrics))}"
+            )
+        scheduler.step(metrics[scheduler.monitor])
