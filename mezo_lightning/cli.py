@@ -175,6 +175,7 @@ def _run(args: list[str] | None) -> None:
 def _silence() -> None:
     """Hush what others print about things that are so on purpose."""
     for message in (
+        r".*LightningCLI's args parameter",  # main() takes either
         r".*does not have many workers",  # a batch is a few strings
         r".*Checkpoint directory .* exists and is not empty",  # a resumed run
         r".*Experiment logs directory .* exists and is not empty",
