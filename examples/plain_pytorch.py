@@ -51,7 +51,9 @@ def main(steps: int = 800) -> None:
             assert estimate.evaluation is not None
             print(f"step {step:4d}   loss {estimate.evaluation.means[0]:.3f}")
 
-    replay(base, Trajectory.open(log))
+    optimizer.trajectory.close()
+    with Trajectory.open(log) as trajectory:
+        replay(base, trajectory)
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
     print(f"replayed {log.stat().st_size} bytes of log: weights are {'identical' if same else 'DIFFERENT'}")
 

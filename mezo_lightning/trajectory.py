@@ -181,8 +181,14 @@ class Trajectory:
         del self._offsets[steps + 1 :]
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; leaving a ``with`` block does it too."""
         self._file.close()
+
+    def __enter__(self) -> Trajectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def replay(model: nn.Module, trajectory: Trajectory, *, stop: int | None = None) -> ParameterSpace:
