@@ -5,14 +5,13 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import docstring_parser
 import pytest
 import reward_examples
 import torch
 import transformers
-from helpers import EPSILON, Command, mezo
+from helpers import Command, mezo, write_config, write_reward_config
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -77,37 +76,15 @@ def _docstrings_parsed_once() -> Iterator[None]:
 @pytest.fixture
 def loss_config(tmp_path: Path, opt: Path, rows: Path) -> Path:
     """A configuration that tunes by loss, two steps between validations."""
-    return _write(tmp_path / "loss.yaml", opt, rows, {"class_path": "CrossEntropy"})
+    return write_config(tmp_path / "loss.yaml", opt, rows, {"class_path": "CrossEntropy"})
 
 
 @pytest.fixture
 def reward_config(tmp_path: Path, opt: Path, rows: Path) -> Path:
     """A configuration that tunes by reward."""
-    completer = {"class_path": "Generate", "init_args": {"max_new_tokens": 6}}
-    init_args = {"reward": "reward_examples.letters", "completer": completer}
-    return _write(tmp_path / "reward.yaml", opt, rows, {"class_path": "RewardObjective", "init_args": init_args})
+    return write_reward_config(tmp_path / "reward.yaml", opt, rows)
 
 
 @pytest.fixture
 def command() -> Command:
     return mezo
-
-
-def _write(path: Path, model: Path, rows: Path, objective: dict[str, Any]) -> Path:
-    config = {
-        "model": {
-            "pretrained": {"name": str(model)},
-            "objective": objective,
-            "estimator": {"class_path": "CentralDifference", "init_args": {"epsilon": EPSILON}},
-            "optimizer": {"class_path": "MeZO", "init_args": {"lr": 1e-3}},
-        },
-        "data": {
-            "train": str(rows), "prompt": "{question}", "target": "{answer}", "num_validation": 4, "batch_size": 4,
-        },
-        "trainer": {
-            "max_steps": 4, "accelerator": "cpu", "val_check_interval": 2, "enable_progress_bar": False,
-            "enable_model_summary": False,
-        },
-    }  # fmt: skip
-    path.write_text(json.dumps(config))
-    return path

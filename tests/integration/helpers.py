@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,3 +134,31 @@ def mezo(*words: Any) -> Outcome:
 
 
 Command = Callable[..., Outcome]
+
+
+def write_config(path: Path, model: Path, rows: Path, objective: dict[str, Any]) -> Path:
+    """A configuration that tunes a model, two steps between validations."""
+    config = {
+        "model": {
+            "pretrained": {"name": str(model)},
+            "objective": objective,
+            "estimator": {"class_path": "CentralDifference", "init_args": {"epsilon": EPSILON}},
+            "optimizer": {"class_path": "MeZO", "init_args": {"lr": 1e-3}},
+        },
+        "data": {
+            "train": str(rows), "prompt": "{question}", "target": "{answer}", "num_validation": 4, "batch_size": 4,
+        },
+        "trainer": {
+            "max_steps": 4, "accelerator": "cpu", "val_check_interval": 2, "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }  # fmt: skip
+    path.write_text(json.dumps(config))
+    return path
+
+
+def write_reward_config(path: Path, model: Path, rows: Path) -> Path:
+    """The same, by reward."""
+    completer = {"class_path": "Generate", "init_args": {"max_new_tokens": 6}}
+    init_args = {"reward": "reward_examples.letters", "completer": completer}
+    return write_config(path, model, rows, {"class_path": "RewardObjective", "init_args": init_args})

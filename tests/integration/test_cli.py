@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import reward_examples
 import torch
-from helpers import Command, assert_same, replayed, steps_of, steps_taken, weights
+from helpers import Command, assert_same, mezo, replayed, steps_of, steps_taken, weights, write_reward_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,12 +29,19 @@ def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def fitted(command: Command, reward_config: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(opt: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps by reward."""
-    done = command("fit", "--config", reward_config, "--run_dir", tmp_path / "run")
+    folder = tmp_path_factory.mktemp("original")
+    done = mezo("fit", "--config", write_reward_config(folder / "reward.yaml", opt, rows), "--run_dir", folder / "run")
     assert done.code is None, done.output
-    return tmp_path / "run"
+    return folder / "run"
+
+
+@pytest.fixture
+def fitted(original: Path, tmp_path: Path) -> Path:
+    """A copy of it, to do things to."""
+    return Path(shutil.copytree(original, tmp_path / "run"))
 
 
 def test_a_run_folder_has_logs_records_checkpoints_and_a_report(fitted: Path):
@@ -177,13 +185,14 @@ def test_a_used_folder_is_refused_before_loading_and_loses_nothing(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_resumed_by_name(command: Command, fitted: Path, reward_config: Path):
-    words = ["--run_dir", fitted, "--ckpt_path", "last", "--trainer.max_steps", 7]
-    done = command("fit", "--config", reward_config, *words)
+def test_resumed_by_name(command: Command, reward_config: Path, tmp_path: Path):
+    run, words = tmp_path / "run", ["--config", reward_config, "--run_dir", tmp_path / "run"]
+    assert command("fit", *words).code is None
+    done = command("fit", *words, "--ckpt_path", "last", "--trainer.max_steps", 7)
     assert done.code is None, done.output
-    assert [record.step for record in steps_of(fitted)] == list(range(1, 8))
-    assert len(steps_taken(fitted)) == 7
-    assert sorted(path.name for path in (fitted / "checkpoints").iterdir())[-1] == "last.ckpt"
+    assert [record.step for record in steps_of(run)] == list(range(1, 8))
+    assert len(steps_taken(run)) == 7
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "last.ckpt"
 
 
 def test_a_flat_reward_says_so(command: Command, reward_config: Path, tmp_path: Path):
