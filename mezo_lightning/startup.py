@@ -24,8 +24,8 @@ def check_every_kind_counts(
 ) -> None:
     """Perturb the parameters kind by kind and see whether the output changes.
 
-    A kind is the parameters of one module, over all layers; the parts of one adapter count as one, because LoRA's A does
-    nothing as long as its B is zero. One dead layer among many of a kind, or a dead bias beside a live weight, is not seen.
+    A kind is the parameters of one module, over all layers; the parts of one adapter count as one, because LoRA's A
+    does nothing as long as its B is zero. One dead layer among many, or a dead bias beside a live weight, is not seen.
 
     Args:
         space: The trainable parameters.
