@@ -16,7 +16,6 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from datetime import date
@@ -124,6 +123,11 @@ def compare(name: str, method: Method, unit: float, forwards: int, runs: Path) -
     return {"steps": steps, "size": best, "lr": best * unit / per_lr, "grid": found, "curves": curves, "method": method}
 
 
+def spread(values: list[float]) -> str:
+    """The median, and the range."""
+    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
     """Median held-out reward by forward passes, the range over the seeds as a band."""
     import matplotlib
@@ -169,12 +173,11 @@ def main() -> None:
     results = {}
     for name in args.methods:
         results[name] = result = compare(name, METHODS[name], unit, args.forwards, args.runs)
-        show: Callable[[list[float]], str] = lambda some: f"{median(some):.3f} ({min(some):.3f} to {max(some):.3f})"  # noqa: E731
         print(
             f"| {name} | {METHODS[name].probes} | {result['steps']} | {result['size']:g} | {result['lr']:.2g} "
             f"| {median(curve[0][1] for curve in result['curves']):.3f} "
-            f"| {show([curve[-1][1] for curve in result['curves']])} "
-            f"| {show([max(value for _, value in curve) for curve in result['curves']])} "
+            f"| {spread([curve[-1][1] for curve in result['curves']])} "
+            f"| {spread([max(value for _, value in curve) for curve in result['curves']])} "
             f"| {', '.join(f'{size:g}: {value:.3f}' for size, value in result['grid'].items())} |",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""The command ``mezo``: LightningCLI's subcommands for runs, and two of our own for what comes after.
+"""The command ``mezo``: LightningCLI's subcommands for runs, and our own for what comes before and after.
 
     mezo fit|validate|test|predict --config FILE [--config FILE ...] [--any.option VALUE ...]
     mezo tune --config FILE [--num_batches N] [--num_directions N]

@@ -148,7 +148,7 @@ class _BoundCrossEntropy(BoundObjective):
         self._encoder = encoder
 
     def lacks(self, batch: Batch) -> str | None:
-        return _complaint(lambda: _targets(batch) if batch.options is None else _answers(batch))
+        return complaint(lambda: _targets(batch) if batch.options is None else _answers(batch))
 
     def check(self, batch: Batch, *, measured: bool = True) -> None:
         if not measured:
@@ -171,7 +171,7 @@ class _BoundCrossEntropy(BoundObjective):
     @torch.inference_mode()
     def complete(self, batch: Batch, *, seed: int) -> Samples:
         _check_there_is_a_choice(batch)
-        return _unmeasured(self._choice.complete(batch, seed=seed).texts)
+        return unmeasured(self._choice.complete(batch, seed=seed).texts)
 
     def _over_tokens(self, batch: Batch) -> Samples:
         scores = self._scorer(batch.prompts, _targets(batch))
@@ -240,7 +240,7 @@ class _BoundReward(BoundObjective):
         self._masks = masks
 
     def lacks(self, batch: Batch) -> str | None:
-        return _complaint(lambda: self._rewards.check(batch.columns))
+        return complaint(lambda: self._rewards.check(batch.columns))
 
     def check(self, batch: Batch, *, measured: bool = True) -> None:
         if measured:
@@ -264,7 +264,7 @@ class _BoundReward(BoundObjective):
 
     @torch.inference_mode()
     def complete(self, batch: Batch, *, seed: int) -> Samples:
-        return _unmeasured(self._completer.complete(batch, seed=seed).texts)
+        return unmeasured(self._completer.complete(batch, seed=seed).texts)
 
     def take_tally(self) -> Tally:
         return self._rewards.take_tally()
@@ -304,13 +304,14 @@ def _samples(loss: Tensor, metrics: dict[str, Tensor], texts: tuple[str, ...] | 
     return Samples(loss[:, None], torch.ones_like(loss[:, None], dtype=torch.bool), texts, metrics)
 
 
-def _unmeasured(texts: tuple[str, ...]) -> Samples:
+def unmeasured(texts: tuple[str, ...]) -> Samples:
+    """Completions that nobody has measured: no value is valid."""
     values = torch.zeros(len(texts), 1, dtype=torch.float64)
     return Samples(values, torch.zeros_like(values, dtype=torch.bool), texts)
 
 
-def _complaint(check: Callable[[], object]) -> str | None:
-    """What a check says of a batch; None if it passes."""
+def complaint(check: Callable[[], object]) -> str | None:
+    """What a check finds fault with, in the words of its ValueError; None if it passes."""
     try:
         check()
     except ValueError as error:

@@ -22,7 +22,7 @@ from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import Estimator
 from mezo_lightning.evaluators import Compare, Preferences, Samples
 from mezo_lightning.generation import Generate
-from mezo_lightning.objectives import BoundObjective, Objective
+from mezo_lightning.objectives import BoundObjective, Objective, complaint, unmeasured
 from mezo_lightning.oracles import Oracle
 from mezo_lightning.probes import Probe
 from mezo_lightning.reward_log import Tally
@@ -115,11 +115,7 @@ class BoundPreference(BoundObjective):
         self._warned = False
 
     def lacks(self, batch: Batch) -> str | None:
-        try:
-            self._oracle.check(batch.columns)
-        except ValueError as error:
-            return str(error)
-        return None
+        return complaint(lambda: self._oracle.check(batch.columns))
 
     def check(self, batch: Batch, *, measured: bool = True) -> None:
         if measured:
@@ -161,9 +157,7 @@ class BoundPreference(BoundObjective):
 
     @torch.inference_mode()
     def complete(self, batch: Batch, *, seed: int) -> Samples:
-        texts = self._completer.complete(batch, seed=seed).texts
-        values = torch.zeros(len(texts), 1, dtype=torch.float64)
-        return Samples(values, torch.zeros_like(values, dtype=torch.bool), texts)
+        return unmeasured(self._completer.complete(batch, seed=seed).texts)
 
     def take_tally(self) -> Tally:
         tally, self._tally = self._tally, Tally()

@@ -19,17 +19,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from mezo_lightning import estimators
 from mezo_lightning.completers import ChooseOption
 from mezo_lightning.encoding import Encoding
-from mezo_lightning.estimators import (
-    FZOO,
-    CentralDifference,
-    Comparison,
-    ForwardDifference,
-    GreedyDirection,
-    GuidingVector,
-    Population,
-)
 from mezo_lightning.generation import Generate
 from mezo_lightning.models import Pretrained
 from mezo_lightning.objectives import CrossEntropy, RewardObjective
@@ -45,9 +37,9 @@ from mezo_lightning.transforms import Chain, Clip, Identity, Sign, Standardize
 # them with weights_only=True, its default. A reward that is a function of the user's needs weights_only=False.
 torch.serialization.add_safe_globals(
     [
-        *(CentralDifference, Chain, ChooseOption, Clip, Comparison, CrossEntropy, Encoding, ForwardDifference, FZOO),
-        *(Generate, GreedyDirection, GuidingVector, Identity, Population, PreferenceObjective, Pretrained, Reward),
-        *(RewardObjective, Sign, Standardize),
+        *(vars(estimators)[name] for name in estimators.__all__),
+        *(Chain, ChooseOption, Clip, CrossEntropy, Encoding, Generate, Identity, PreferenceObjective, Pretrained),
+        *(Reward, RewardObjective, Sign, Standardize),
     ]
 )
 

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -182,6 +183,7 @@ class _SubsetDirections(Directions):
         found = {info.start: re.search(config.blocks, info.name) for info in table}
         self._block_of = {start: match.group() for start, match in found.items() if match}
         self._blocks = list(dict.fromkeys(self._block_of.values()))
+        self._active = lru_cache(maxsize=8)(self._draw)  # asked for every chunk of every term
 
     def fill(self, out: Tensor, seed: int, start: int, number: int = 0) -> Tensor:
         active = self._active(number)
@@ -199,17 +201,14 @@ class _SubsetDirections(Directions):
             return self._inner.rows(seed, starts, width, number)
         return torch.zeros(len(starts), width, dtype=torch.float32, device=starts.device)
 
-    def _active(self, number: int) -> set[str | None]:
+    def _draw(self, number: int) -> set[str | None]:
         """The active blocks of a step; None stands for parameters of no block."""
         if not self._blocks:
             raise ValueError(f"Subset(blocks={self._config.blocks!r}) is found in the name of no trainable parameter")
         if self._config.order == "cyclic":
             return {None, self._blocks[number % len(self._blocks)]}
-        drawn = sorted(self._blocks, key=lambda block: self._draw(number, block))
-        return {None, *drawn[: math.ceil(self._config.fraction * len(drawn))]}
-
-    def _draw(self, number: int, block: str) -> int:
-        return derive_seed(self._config.seed, _BLOCKS, number, self._blocks.index(block))
+        lots = {block: derive_seed(self._config.seed, _BLOCKS, number, i) for i, block in enumerate(self._blocks)}
+        return {None, *sorted(lots, key=lots.__getitem__)[: math.ceil(self._config.fraction * len(lots))]}
 
 
 def _on_grid(values: Tensor) -> Tensor:

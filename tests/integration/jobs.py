@@ -42,6 +42,18 @@ class Result:
 def run_job(function: str, ranks: int, folder: Path, **arguments: Any) -> list[Result]:
     """Run a function of this file on several ranks."""
     folder.mkdir(parents=True, exist_ok=True)
+    codes = exit_codes(_main, ranks, folder, function, arguments)
+    return [_result(folder, rank, code) for rank, code in enumerate(codes)]
+
+
+def exit_codes(target: Callable[..., None], ranks: int, *arguments: Any) -> list[int]:
+    """Run ``target(environment, *arguments)`` in a process for each rank; how each ended.
+
+    Args:
+        target: Has to put the environment that torchrun would have given its rank into ``os.environ``.
+        ranks: How many.
+        arguments: The same for all ranks.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,23 +64,25 @@ def run_job(function: str, ranks: int, folder: Path, **arguments: Any) -> list[R
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "test",
         }  # fmt: skip
-        processes.append(server().Process(target=_main, args=(environment, folder, function, arguments)))
-        processes[-1].start()
+        processes.append(_server().Process(target=target, args=(environment, *arguments)))
     try:
+        for process in processes:
+            process.start()
         end = time.monotonic() + PATIENCE
         for process in processes:
             process.join(max(0.1, end - time.monotonic()))
         codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
     assert None not in codes, "the job hangs"
-    return [_result(folder, rank, code) for rank, code in enumerate(codes)]
+    return codes
 
 
 @functools.cache
-def server() -> Any:
+def _server() -> Any:
     """The server of forks, with the modules that a rank needs; it is started by the first process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

@@ -2,9 +2,7 @@
 
 import json
 import os
-import socket
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import server
+from jobs import exit_codes
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -33,41 +31,20 @@ from mezo_lightning.models import DTYPES, Pretrained
 from mezo_lightning.sharded_loading import empty_model, load_sharded
 
 KINDS = ("opt", "gpt2", "llama")
-PATIENCE = 400
-"""Seconds for all processes of a test."""
 
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def on_ranks(work: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
     """What ``work(placement, *arguments)`` returns on each of several processes of one job."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        server().Process(target=_rank, args=(rank, world_size, port, folder, work, arguments))
-        for rank in range(world_size)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        end = time.monotonic() + PATIENCE
-        for process in processes:
-            process.join(max(0.1, end - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    codes = exit_codes(_rank, world_size, folder, work, arguments)
     assert codes == [0] * world_size
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, port: int, folder: Path, work: Callable[..., Any], arguments: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
+def _rank(environment: dict[str, str], folder: Path, work: Callable[..., Any], arguments: Any) -> None:
+    os.environ |= environment
+    rank, world_size = (int(environment[name]) for name in ("RANK", "WORLD_SIZE"))
     from mezo_lightning.zero3 import Sharded
 
     warnings.simplefilter("ignore")

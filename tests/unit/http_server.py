@@ -1,5 +1,6 @@
 """A real HTTP server on this machine for tests: it answers as a function says, and remembers what it was asked."""
 
+import asyncio
 import json
 import sys
 import threading
@@ -8,6 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from rewards.http import HTTPReward
+from rewards.remote import Limits
+
+QUICK = Limits(timeout=20.0, attempts=4, first_wait=0.01, longest_wait=0.5, rest=30.0)
+SECRET = "secret-that-nobody-may-see-0123456789"
 
 
 @dataclass(frozen=True)
@@ -119,3 +126,9 @@ def serving(answer: Callable[[Asked], Any]) -> Iterator[Server]:
 def lengths(asked: Asked) -> dict[str, Any]:
     """OpenRLHF's answer: the length of each query."""
     return {"rewards": [float(len(query)) for query in asked.body["query"]]}
+
+
+def ask(reward: HTTPReward, completions: list[str], prompts: list[str] | None = None, **arguments: Any) -> list[Any]:
+    """What a reward over HTTP says of completions."""
+    prompts = [f"p{place} " for place in range(len(completions))] if prompts is None else prompts
+    return asyncio.run(reward(prompts=prompts, completions=completions, **arguments))

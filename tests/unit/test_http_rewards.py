@@ -1,6 +1,5 @@
 """Rewards over HTTP against real servers: what is sent, what is made of answers and faults, wrong settings."""
 
-import asyncio
 import math
 import os
 import random
@@ -15,20 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import Asked, Say, lengths, serving
+from http_server import QUICK, SECRET, Asked, Say, ask, lengths, serving
 
 from rewards.http import HTTPReward
 from rewards.remote import Limits, RequestFailed, RequestRefused
 from rewards.remote.answers import follow, number
 
 ROOT = Path(__file__).parents[2]
-QUICK = Limits(timeout=20.0, attempts=4, first_wait=0.01, longest_wait=0.5, rest=30.0)
-SECRET = "secret-that-nobody-may-see-0123456789"
-
-
-def ask(reward: HTTPReward, completions: list[str], prompts: list[str] | None = None, **arguments: Any) -> list[Any]:
-    prompts = [f"p{place} " for place in range(len(completions))] if prompts is None else prompts
-    return asyncio.run(reward(prompts=prompts, completions=completions, **arguments))
 
 
 # --- what is sent, and how the answer reads ---------------------------------------------------------------------------

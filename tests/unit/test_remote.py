@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import Asked, Say, lengths, serving
+from http_server import QUICK, SECRET, Asked, Say, ask, lengths, serving
 
 from rewards.http import HTTPReward
 from rewards.remote import Keys, Limits, RequestFailed
@@ -19,13 +19,6 @@ from rewards.remote.endpoints import Endpoints
 from rewards.remote.limits import Pace
 
 ROOT = Path(__file__).parents[2]
-QUICK = Limits(timeout=20.0, attempts=4, first_wait=0.01, longest_wait=0.5, rest=30.0)
-SECRET = "secret-that-nobody-may-see-0123456789"
-
-
-def ask(reward: HTTPReward, completions: list[str], prompts: list[str] | None = None, **arguments: Any) -> list[Any]:
-    prompts = [f"p{place} " for place in range(len(completions))] if prompts is None else prompts
-    return asyncio.run(reward(prompts=prompts, completions=completions, **arguments))
 
 
 # --- limits and several servers ---------------------------------------------------------------------------------------
