@@ -27,7 +27,7 @@ import torch
 
 from mezo_lightning import Trajectory
 from mezo_lightning.cli import main as mezo
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 EPSILON = 5e-2

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

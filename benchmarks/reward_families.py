@@ -22,8 +22,8 @@ from statistics import fmean
 import torch
 import yaml
 
-from mezo_lightning.records import RunRecords, SampleRecord
-from mezo_lightning.run_rows import columns_of_samples
+from mezo_lightning.commands.run_rows import columns_of_samples
+from mezo_lightning.reporting.records import RunRecords, SampleRecord
 from rewards.squad import f1
 
 Fit = Callable[[Sequence[str]], None]

@@ -21,8 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from mezo_lightning.batch import Batch
-from mezo_lightning.rewarding import Rewards
+from mezo_lightning.data.batch import Batch
+from mezo_lightning.rewarding.rewards import Rewards
 from rewards.http import HTTPReward
 
 LATENCY = 0.2

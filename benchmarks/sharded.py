@@ -95,9 +95,9 @@ def work(args: argparse.Namespace) -> None:
     """One rank of one job: prints its figures as JSON."""
     traffic = Traffic()
     from mezo_lightning import CentralDifference, MeZO, Pretrained, Samples
-    from mezo_lightning.placement import Placement, Whole
-    from mezo_lightning.ranks import Group
-    from mezo_lightning.zero3 import Sharded
+    from mezo_lightning.processes.ranks import Group
+    from mezo_lightning.sharding.placement import Placement, Whole
+    from mezo_lightning.sharding.zero3 import Sharded
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if args.device == "cuda" else torch.device("cpu")

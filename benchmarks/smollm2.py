@@ -16,7 +16,7 @@ from statistics import fmean
 
 import torch
 
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = {"loss": (), "accuracy as the reward": ("smollm2-135m-sst2-accuracy.yaml",)}

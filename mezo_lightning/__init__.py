@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mezo_lightning.module import MeZOModule
     from mezo_lightning.objectives import CrossEntropy, RewardObjective
     from mezo_lightning.preferences import PreferenceObjective
-    from mezo_lightning.reward_settings import Reward
+    from mezo_lightning.rewarding.settings import Reward
 
 _LAZY = {
     "ChooseOption": "completers",
@@ -47,7 +47,7 @@ _LAZY = {
     "PreferenceObjective": "preferences",
     "Pretrained": "models",
     "PromptDataModule": "data",
-    "Reward": "reward_settings",
+    "Reward": "rewarding.settings",
     "RewardObjective": "objectives",
 }
 

@@ -24,11 +24,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mezo_lightning import terminal
-from mezo_lightning.outcome import flat_note, is_flat, judge
-from mezo_lightning.records import RunInfo, RunRecords, StepRecord, ValidationRecord
-from mezo_lightning.redaction import redact_command
-from mezo_lightning.report import sample_pairs, write_report
+from mezo_lightning.reporting import terminal
+from mezo_lightning.reporting.outcome import flat_note, is_flat, judge
+from mezo_lightning.reporting.records import RunInfo, RunRecords, StepRecord, ValidationRecord
+from mezo_lightning.reporting.redaction import redact_command
+from mezo_lightning.reporting.report import sample_pairs, write_report
 
 _VALIDATION_PREFIX = "val/"
 _PACKAGES = ("mezo-lightning", "torch", "lightning", "transformers")

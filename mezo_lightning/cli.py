@@ -35,16 +35,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mezo_lightning.callbacks import FlatRewardWarning, ReportWriter, RunRecorder, SampleTable
+from mezo_lightning.commands.predictions import PredictionWriter
+from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
+from mezo_lightning.commands.reward import check_reward, rescore
 from mezo_lightning.data import PromptDataModule
-from mezo_lightning.late_loggers import BeginLogs, LateCSVLogger, LateTensorBoardLogger
 from mezo_lightning.module import MeZOModule
-from mezo_lightning.predictions import PredictionWriter
-from mezo_lightning.ranks import RankError
-from mezo_lightning.rebuild import export_checkpoint, replay_run
+from mezo_lightning.processes.ranks import RankError
 from mezo_lightning.refusals import check_strategy_name
-from mezo_lightning.reward_commands import check_reward, rescore
+from mezo_lightning.reporting.late_loggers import BeginLogs, LateCSVLogger, LateTensorBoardLogger
 from mezo_lightning.skipping import TooManySkippedStepsError
-from mezo_lightning.tuning_trainer import TuningTrainer
+from mezo_lightning.tuning.trainer import TuningTrainer
 from rewards.person.commands import main as judge_command
 
 _DESCRIPTION = (

@@ -31,8 +31,8 @@ from transformers import (
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from mezo_lightning.batch import Batch
 from mezo_lightning.completers import BoundCompleter, Completer, Completions
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.encoding import Encoder, naming_row
 from mezo_lightning.models import base_model
 from mezo_lightning.samplers import GOLDEN, derive_seed, mix64

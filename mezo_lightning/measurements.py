@@ -9,11 +9,11 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from mezo_lightning.batch import Batch
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.evaluators import Evaluation, Samples
-from mezo_lightning.masks import Masks
-from mezo_lightning.records import SampleRecord, StepRecord
-from mezo_lightning.reward_log import Tally
+from mezo_lightning.reporting.records import SampleRecord, StepRecord
+from mezo_lightning.rewarding.log import Tally
+from mezo_lightning.rewarding.masks import Masks
 from mezo_lightning.steps import GradientEstimate
 
 

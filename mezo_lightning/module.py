@@ -24,29 +24,29 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from mezo_lightning.batch import Batch
-from mezo_lightning.checkpoints import loading, put_together
+from mezo_lightning.commands.predictions import PredictionCheck
 from mezo_lightning.data import PromptDataModule
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import CentralDifference, Estimator
 from mezo_lightning.evaluators import Evaluator, Samples
 from mezo_lightning.interrupts import uninterrupted
-from mezo_lightning.masks import Rounds
 from mezo_lightning.measurements import flatten, known_values, sample_records, step_record
 from mezo_lightning.models import Pretrained
 from mezo_lightning.objectives import BoundObjective, Objective
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.parameters import ParameterSpace
-from mezo_lightning.placement import Placement, Whole
-from mezo_lightning.predictions import PredictionCheck
 from mezo_lightning.preferences import check_estimator, comparison
 from mezo_lightning.probes import Probe
-from mezo_lightning.records import StepRecord
+from mezo_lightning.processes.requeue import SignalsBetweenSteps
 from mezo_lightning.refusals import check_trainer
-from mezo_lightning.requeue import SignalsBetweenSteps
+from mezo_lightning.reporting.records import StepRecord
 from mezo_lightning.resuming import AtTheEnd, Lineage, RunLog, check_dtype_of, check_whole
+from mezo_lightning.rewarding.masks import Rounds
 from mezo_lightning.samplers import derive_seed
 from mezo_lightning.schedules import build_optimizer, step_after_training_step, step_after_validation
+from mezo_lightning.sharding.checkpoints import loading, put_together
+from mezo_lightning.sharding.placement import Placement, Whole
 from mezo_lightning.skipping import SkipCounter
 from mezo_lightning.startup import check_every_kind_counts, check_objective, fp32_by_default, logits, silence_lightning
 from mezo_lightning.steps import GradientEstimate, Step

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mezo_lightning.batch import Batch
 from mezo_lightning.completers import BoundCompleter, ChooseOption, Completer, Completions
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.encoding import Encoder, Encoding
 from mezo_lightning.evaluators import Samples
 from mezo_lightning.generation import Generate
-from mezo_lightning.masks import RecordedMasks
 from mezo_lightning.probes import Probe
-from mezo_lightning.reward_log import Tally
-from mezo_lightning.reward_settings import Reward
-from mezo_lightning.rewarding import OnFailure, Rewards, RewardValues
+from mezo_lightning.rewarding.log import Tally
+from mezo_lightning.rewarding.masks import RecordedMasks
+from mezo_lightning.rewarding.rewards import OnFailure, Rewards, RewardValues
+from mezo_lightning.rewarding.settings import Reward
 from mezo_lightning.scoring import OptionScorer, Scorer
 
 if TYPE_CHECKING:

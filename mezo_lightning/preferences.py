@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mezo_lightning.batch import Batch
 from mezo_lightning.completers import BoundCompleter, Completer
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import Estimator
 from mezo_lightning.evaluators import Compare, Preferences, Samples
 from mezo_lightning.generation import Generate
 from mezo_lightning.objectives import BoundObjective, Objective, complaint, unmeasured
-from mezo_lightning.oracles import Oracle
 from mezo_lightning.probes import Probe
-from mezo_lightning.reward_log import Tally
-from mezo_lightning.reward_settings import Reward
-from mezo_lightning.rewarding import OnFailure
+from mezo_lightning.rewarding.log import Tally
+from mezo_lightning.rewarding.oracles import Oracle
+from mezo_lightning.rewarding.rewards import OnFailure
+from mezo_lightning.rewarding.settings import Reward
 from mezo_lightning.samplers import derive_seed
 from mezo_lightning.startup import fp32_by_default
 

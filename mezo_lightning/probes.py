@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mezo_lightning.batch import Batch
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.evaluators import Samples
-from mezo_lightning.ranks import Alone, Ranks
+from mezo_lightning.processes.ranks import Alone, Ranks
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from mezo_lightning.models import Pretrained
 from mezo_lightning.objectives import CrossEntropy, RewardObjective
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.preferences import PreferenceObjective
-from mezo_lightning.ranks import Ranks
-from mezo_lightning.reward_settings import Reward
+from mezo_lightning.processes.ranks import Ranks
+from mezo_lightning.rewarding.settings import Reward
 from mezo_lightning.steps import Step
 from mezo_lightning.trajectory import Header, Trajectory
 from mezo_lightning.transforms import Chain, Clip, Identity, Sign, Standardize

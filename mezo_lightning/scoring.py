@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mezo_lightning.batch import Batch
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.encoding import Encoder
 from mezo_lightning.models import base_model
 

@@ -24,10 +24,10 @@ from mezo_lightning.samplers import Gaussian
 from mezo_lightning.steps import Point
 
 if TYPE_CHECKING:
-    from mezo_lightning.batch import Batch
+    from mezo_lightning.data.batch import Batch
     from mezo_lightning.models import CausalLM
     from mezo_lightning.objectives import BoundObjective
-    from mezo_lightning.placement import Placement
+    from mezo_lightning.sharding.placement import Placement
 
 
 def check_every_kind_counts(

@@ -14,15 +14,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 
-from mezo_lightning.checkpoints import load_small, optimizer_state, read_weights, save_sharded
-from mezo_lightning.launching import Launcher
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.parameters import Shard
-from mezo_lightning.placement import Placement, Whole
-from mezo_lightning.ranks import Group, RankError
-from mezo_lightning.shard_files import remove
-from mezo_lightning.watchdog import Watchdog
-from mezo_lightning.zero3 import Gather, Sharded
+from mezo_lightning.processes.launching import Launcher
+from mezo_lightning.processes.ranks import Group, RankError
+from mezo_lightning.processes.watchdog import Watchdog
+from mezo_lightning.sharding.checkpoints import load_small, optimizer_state, read_weights, save_sharded
+from mezo_lightning.sharding.placement import Placement, Whole
+from mezo_lightning.sharding.shard_files import remove
+from mezo_lightning.sharding.zero3 import Gather, Sharded
 
 
 class ReplicatedStrategy(DDPStrategy):

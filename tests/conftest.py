@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mezo_lightning.batch import Batch
+from mezo_lightning.data.batch import Batch
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mezo_lightning.models import Pretrained
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 from mezo_lightning.trajectory import Trajectory
 
 pytestmark = [*NEEDS_CUDA, pytest.mark.slow]

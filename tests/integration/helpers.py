@@ -27,8 +27,8 @@ from mezo_lightning import (
     cli,
     replay,
 )
-from mezo_lightning.batch import Batch
-from mezo_lightning.records import RunRecords, StepRecord
+from mezo_lightning.data.batch import Batch
+from mezo_lightning.reporting.records import RunRecords, StepRecord
 from mezo_lightning.steps import Step
 
 EPSILON = 3e-2

@@ -255,8 +255,8 @@ def replayed(*, model: Path, run: Path, strategy: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from mezo_lightning import Pretrained, Trajectory
+    from mezo_lightning.sharding.zero3 import Sharded
     from mezo_lightning.trajectory import replay_parameters
-    from mezo_lightning.zero3 import Sharded
 
     dist.init_process_group("gloo")
     placement = Sharded(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), strategy)

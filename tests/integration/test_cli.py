@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mezo_lightning import MeZOModule
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 
 EVERY_STEP = {
     "objective/q0+", "objective/q0-", "projected_grad", "lr", "probes_per_second", "tie_fraction", "valid_fraction",

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mezo_lightning.batch import Batch
 from mezo_lightning.data import PromptDataModule
+from mezo_lightning.data.batch import Batch
 
 # Advice of Lightning's that does not apply: a second run in the folder of the first, manual optimization, LeafSpec.
 pytestmark = [

@@ -16,7 +16,7 @@ from reward_examples import letters
 
 from mezo_lightning import Generate, RewardObjective, reward_asking
 from mezo_lightning.callbacks import RunRecorder
-from mezo_lightning.reward_settings import Reward
+from mezo_lightning.rewarding.settings import Reward
 from rewards.http import HTTPReward, Limits
 
 STEPS = 200

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mezo_lightning import MeZOModule, evaluators
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 from mezo_lightning.trajectory import Trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

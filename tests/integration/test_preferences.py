@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from mezo_lightning import Generate, MeZO, MeZOModule, Pretrained
 from mezo_lightning.estimators import CentralDifference, Comparison
 from mezo_lightning.preferences import PreferenceObjective
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 from rewards.pairwise import ByScore
 from rewards.reward_model import RewardModel
 

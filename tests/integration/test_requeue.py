@@ -14,8 +14,8 @@ import torch
 from helpers import assert_same, data_of, module_of, replayed, steps_taken, trainer_of, weights, write_config
 
 from mezo_lightning import MeZOModule, evaluators
-from mezo_lightning.ranks import Alone
-from mezo_lightning.requeue import SignalsBetweenSteps
+from mezo_lightning.processes.ranks import Alone
+from mezo_lightning.processes.requeue import SignalsBetweenSteps
 from mezo_lightning.trajectory import Trajectory
 
 ONE_TASK = {

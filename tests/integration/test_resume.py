@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mezo_lightning import MeZOModule
 from mezo_lightning.callbacks import RunRecorder
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 
 STEPS = 10
 ROWS = {"num_train": 14, "batch_size": 4}  # three batches an epoch

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from helpers import Command, mezo, write_reward_config
 
-from mezo_lightning.records import RunRecords
-from mezo_lightning.reward_commands import check_reward
-from mezo_lightning.reward_settings import Reward
+from mezo_lightning.commands.reward import check_reward
+from mezo_lightning.reporting.records import RunRecords
+from mezo_lightning.rewarding.settings import Reward
 
 MINE = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, scale=1.0):
@@ -158,7 +158,7 @@ def run(opt: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     (folder / "mine.py").write_text(MINE)
     verl = {"function": f"{folder}/mine.py", "columns": {"ground_truth": "answer"}, "name": "verl", "timeout": 60}
     later = {
-        "class_path": "mezo_lightning.reward_settings.Reward",
+        "class_path": "mezo_lightning.rewarding.settings.Reward",
         "init_args": {"function": f"{folder}/mine.py:later"},
     }
     shaped = {"class_path": "rewards.shaping.Clip", "init_args": {"reward": "reward_examples.letters", "high": 0.5}}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import mezo
 
-from mezo_lightning.records import RunRecords
+from mezo_lightning.reporting.records import RunRecords
 
 ROOT = Path(__file__).parents[2]
 

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mezo_lightning.models import DTYPES, Pretrained
-from mezo_lightning.sharded_loading import empty_model, load_sharded
+from mezo_lightning.sharding.loading import empty_model, load_sharded
 
 KINDS = ("opt", "gpt2", "llama")
 
@@ -45,7 +45,7 @@ def on_ranks(work: Callable[..., Any], world_size: int, folder: Path, *arguments
 def _rank(environment: dict[str, str], folder: Path, work: Callable[..., Any], arguments: Any) -> None:
     os.environ |= environment
     rank, world_size = (int(environment[name]) for name in ("RANK", "WORLD_SIZE"))
-    from mezo_lightning.zero3 import Sharded
+    from mezo_lightning.sharding.zero3 import Sharded
 
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
@@ -242,7 +242,7 @@ def start_adapters(placement: Any, folder: str, adapters: list[dict[str, Any]]) 
 
 @pytest.mark.slow
 def test_adapters_that_are_not_refused_start_as_on_one_process(models, tmp_path):
-    from mezo_lightning.sharded_loading import _STARTS
+    from mezo_lightning.sharding.loading import _STARTS
 
     more = {"ADALORA": {"total_step": 10}, "IA3": {"feedforward_modules": []}, "LORA": {"use_rslora": True}}
     names = _STARTS["peft_type"]

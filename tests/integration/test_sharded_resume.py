@@ -71,7 +71,7 @@ def test_a_sharded_checkpoint_is_loaded_validated_and_exported_by_one_process(
     from transformers import AutoModelForCausalLM
 
     from mezo_lightning import MeZOModule
-    from mezo_lightning.rebuild import export_checkpoint, replay_run
+    from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
 
     run = tmp_path / "run"
     tuned = whole(succeeded(run_job("saving_fit", 2, tmp_path / "a", **common, run=run, strategy="layer", steps=3)))

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from mezo_lightning import Header, Pretrained, Trajectory, rebuild, replay, streaming
+from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
 from mezo_lightning.models import export
 from mezo_lightning.parameters import ParameterSpace, Shard
-from mezo_lightning.rebuild import export_checkpoint, replay_run
 from mezo_lightning.samplers import Gaussian, Rademacher
-from mezo_lightning.shard_files import write_shards
+from mezo_lightning.sharding.shard_files import write_shards
 from mezo_lightning.steps import Step, round_coefficient, round_fp32
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -397,8 +397,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mezo_lightning.parameters import Shard
-from mezo_lightning.ranks import Group
-from mezo_lightning.shard_files import ShardFiles, save_beside, weights_folder
+from mezo_lightning.processes.ranks import Group
+from mezo_lightning.sharding.shard_files import ShardFiles, save_beside, weights_folder
 
 SIZE = 100_001
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -480,8 +480,8 @@ FILE_BYTES = 25_000_000
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from mezo_lightning import streaming
-from mezo_lightning.rebuild import export_checkpoint, replay_run
+from mezo_lightning.sharding import streaming
+from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
 
 def anonymous():
     with open("/proc/self/status") as status:

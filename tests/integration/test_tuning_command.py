@@ -12,8 +12,8 @@ from mezo_lightning.cli import MeZOCLI
 from mezo_lightning.data import PromptDataModule
 from mezo_lightning.models import Pretrained
 from mezo_lightning.module import MeZOModule
-from mezo_lightning.tuning import count_probes
-from mezo_lightning.tuning_trainer import TuningTrainer
+from mezo_lightning.tuning.measuring import count_probes
+from mezo_lightning.tuning.trainer import TuningTrainer
 
 
 def trainer(folder: Path) -> TuningTrainer:

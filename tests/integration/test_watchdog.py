@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from helpers import write_config
 
-from mezo_lightning.records import RunRecords
-from mezo_lightning.watchdog import Patience
+from mezo_lightning.processes.watchdog import Patience
+from mezo_lightning.reporting.records import RunRecords
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +26,8 @@ RANK = """
 import atexit, json, os, sys, threading, time, warnings
 import torch
 import torch.distributed as dist
-from mezo_lightning.ranks import Group, RankError
-from mezo_lightning.watchdog import Failure, Watchdog
+from mezo_lightning.processes.ranks import Group, RankError
+from mezo_lightning.processes.watchdog import Failure, Watchdog
 
 torch.set_num_threads(1)
 rank, world_size, timeout, file, body = json.loads(sys.argv[1])
@@ -269,7 +269,7 @@ import torch
 from pathlib import Path
 from helpers import data_of, module_of, trainer_of
 from lightning.pytorch import Callback
-from mezo_lightning.launching import Launcher
+from mezo_lightning.processes.launching import Launcher
 from mezo_lightning.strategies import ZeRO3Strategy
 
 if sys.argv[3] == "orphan":
@@ -336,7 +336,7 @@ def test_an_error_within_a_forward_that_gathers_weights_ends_a_run(tmp_path: Pat
     assert code == 1
     assert "[rank1]: torch.OutOfMemoryError: tried to allocate 20 GiB\n" in log
     cause = "rank 1 of 2 failed: OutOfMemoryError: tried to allocate 20 GiB"
-    assert f"[rank0]: mezo_lightning.ranks.RankError: {cause}\n" in log or ended_by_watchdog(log) == cause
+    assert f"[rank0]: mezo_lightning.processes.ranks.RankError: {cause}\n" in log or ended_by_watchdog(log) == cause
 
 
 def test_a_process_that_never_joins_ends_a_run(tmp_path: Path, opt: Path, rows: Path):

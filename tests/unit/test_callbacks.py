@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from mezo_lightning import terminal
 from mezo_lightning.callbacks import FlatRewardWarning, ReportWriter, RunRecorder, SampleTable
-from mezo_lightning.outcome import judge
-from mezo_lightning.records import RunRecords, SampleRecord, StepRecord
-from mezo_lightning.report import sample_pairs
+from mezo_lightning.reporting import terminal
+from mezo_lightning.reporting.outcome import judge
+from mezo_lightning.reporting.records import RunRecords, SampleRecord, StepRecord
+from mezo_lightning.reporting.report import sample_pairs
 
 pytestmark = pytest.mark.filterwarnings(  # Lightning's own
     "ignore:.*LeafSpec.*",
@@ -245,7 +245,7 @@ def test_where_nothing_is_completed_the_table_has_scores_only(capsys):
 def test_a_reader_that_has_left_does_not_end_the_run(tmp_path):
     program = """
 import sys, time
-from mezo_lightning import terminal
+from mezo_lightning.reporting import terminal
 for _ in range(200):
     terminal.write("line " * 100)
 open(sys.argv[1], "w").write("still here")

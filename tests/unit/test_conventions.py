@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from mezo_lightning.batch import Batch
-from mezo_lightning.conventions import CONVENTIONS
-from mezo_lightning.reward_arguments import Rows
-from mezo_lightning.reward_functions import NamedReward, named_rewards
-from mezo_lightning.reward_settings import ConventionName, Reward
+from mezo_lightning.data.batch import Batch
+from mezo_lightning.rewarding.arguments import Rows
+from mezo_lightning.rewarding.conventions import CONVENTIONS
+from mezo_lightning.rewarding.functions import NamedReward, named_rewards
+from mezo_lightning.rewarding.settings import ConventionName, Reward
 
 COLUMNS = {
     "answer": ("4", "blue"),

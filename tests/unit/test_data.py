@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezo_lightning.batch import Batch
 from mezo_lightning.data import PromptDataModule, draw
-from mezo_lightning.loaders import TrainLoader, permutation
-from mezo_lightning.rows import read_rows, with_split
+from mezo_lightning.data.batch import Batch
+from mezo_lightning.data.loaders import TrainLoader, permutation
+from mezo_lightning.data.rows import read_rows, with_split
 
 REAL = Path("/work/shared/data")
 ROWS: list[dict[str, Any]] = [

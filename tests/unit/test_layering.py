@@ -1,6 +1,7 @@
 """Imports run one way, and no file or function holds two ideas."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -28,14 +29,23 @@ CORE = sorted(
     for name in TORCH_ONLY
     for path in ([PACKAGE / f"{name}.py"] if (PACKAGE / f"{name}.py").exists() else (PACKAGE / name).rglob("*.py"))
 )
+PARTS = {path.stem for path in PACKAGE.iterdir()} - {"__init__", "assets"}
 BLOCKED = ["lightning", "pytorch_lightning", "deepspeed", "transformers", "datasets", "peft", "numpy", "jsonargparse"]
 LIBRARY = sorted(path for folder in ("mezo_lightning", "rewards") for path in (ROOT / folder).rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
+class WithoutTypeChecking(ast.NodeTransformer):
+    """Leaves out what is imported for annotations alone."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def imported(path: Path, at_runtime: bool = False) -> set[str]:
     """Every module that a file imports, anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(WithoutTypeChecking().visit(tree) if at_runtime else tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -78,6 +88,17 @@ def test_the_core_imports_torch_the_standard_library_and_itself(name: str):
         top = module.split(".")[0]
         inside = module == "mezo_lightning" or any(module == a or module.startswith(f"{a}.") for a in allowed)
         assert top in sys.stdlib_module_names or inside, module
+
+
+def test_no_part_of_the_package_imports_what_imports_it():
+    """A part is a file or a folder right below the package; within a folder Python sees to it."""
+    parts: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        inside = [name.split(".")[1] for name in imported(path, at_runtime=True) if name.startswith("mezo_lightning.")]
+        parts.setdefault(part, set()).update(name for name in inside if name != part and name in PARTS)
+    del parts["__init__"]  # the public names, which anyone may import and which import anyone
+    assert list(graphlib.TopologicalSorter(parts).static_order())
 
 
 def test_rewards_import_nothing_of_ours():

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from mezo_lightning.batch import Batch
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.evaluators import Evaluation, Samples
-from mezo_lightning.masks import RecordedMasks, Rounds
 from mezo_lightning.measurements import flatten, step_record
-from mezo_lightning.records import RunRecords
-from mezo_lightning.reward_log import Tally
+from mezo_lightning.reporting.records import RunRecords
+from mezo_lightning.rewarding.log import Tally
+from mezo_lightning.rewarding.masks import RecordedMasks, Rounds
 from mezo_lightning.steps import GradientEstimate, Point
 
 BATCH = Batch((40, 41, 42), ("a", "b", "c"), None, None, None, {})

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from mezo_lightning.batch import Batch
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import CentralDifference, Comparison
 from mezo_lightning.evaluators import Samples
 from mezo_lightning.generation import Generate
 from mezo_lightning.objectives import CrossEntropy, RewardObjective
-from mezo_lightning.oracles import Oracle
 from mezo_lightning.preferences import PreferenceObjective, check_estimator, comparison
 from mezo_lightning.probes import Probe
-from mezo_lightning.reward_log import Tally
-from mezo_lightning.reward_settings import Reward
+from mezo_lightning.rewarding.log import Tally
+from mezo_lightning.rewarding.oracles import Oracle
+from mezo_lightning.rewarding.settings import Reward
 
 PROBE = Probe(step=7, max_steps=9, run="test")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mezo_lightning.oracles import Oracle
+from mezo_lightning.rewarding.oracles import Oracle
 from rewards.metrics import TorchMetric
 from rewards.pairwise import ByScore
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from mezo_lightning.models import Pretrained
-from mezo_lightning.pretrained_files import PretrainedFiles, base_folder, safetensors_files
+from mezo_lightning.sharding.pretrained_files import PretrainedFiles, base_folder, safetensors_files
 
 INDEX = "model.safetensors.index.json"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mezo_lightning.evaluators import Samples
-from mezo_lightning.ranks import Alone, Ranks
+from mezo_lightning.processes.ranks import Alone, Ranks
 
 
 class Seat(Alone):

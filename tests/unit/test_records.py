@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from mezo_lightning.records import RunInfo, RunRecords, SampleRecord, StepRecord, ValidationRecord
+from mezo_lightning.reporting.records import RunInfo, RunRecords, SampleRecord, StepRecord, ValidationRecord
 
 
 def step_record(step: int, **changes) -> StepRecord:
@@ -121,7 +121,7 @@ def test_the_later_of_two_records_counts(tmp_path):
 def test_every_record_that_was_written_survives_kill_9(tmp_path):
     child = """
 import sys
-from mezo_lightning.records import RunRecords, ValidationRecord
+from mezo_lightning.reporting.records import RunRecords, ValidationRecord
 records = RunRecords(sys.argv[1])
 for step in range(10**9):
     records.append(ValidationRecord(step, 0.0, {"reward": 0.5}))

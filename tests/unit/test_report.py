@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mezo_lightning.outcome import headline_metric, judge, resolution
-from mezo_lightning.records import RunInfo, RunRecords, SampleRecord, StepRecord, ValidationRecord
-from mezo_lightning.redaction import redact, redact_command
-from mezo_lightning.report import duration, prompt_tail, sample_pairs, size, write_report
+from mezo_lightning.reporting.outcome import headline_metric, judge, resolution
+from mezo_lightning.reporting.records import RunInfo, RunRecords, SampleRecord, StepRecord, ValidationRecord
+from mezo_lightning.reporting.redaction import redact, redact_command
+from mezo_lightning.reporting.report import duration, prompt_tail, sample_pairs, size, write_report
 
 
 def step(number: int, **changes) -> StepRecord:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from mezo_lightning import reward_asking
-from mezo_lightning.batch import Batch
+from mezo_lightning.data.batch import Batch
 from mezo_lightning.probes import Probe
-from mezo_lightning.ranks import RankError, Ranks
-from mezo_lightning.reward_asking import RewardDownError
-from mezo_lightning.reward_settings import Reward
-from mezo_lightning.rewarding import Rewards, RewardValues
+from mezo_lightning.processes.ranks import RankError, Ranks
+from mezo_lightning.rewarding import asking
+from mezo_lightning.rewarding.asking import RewardDownError
+from mezo_lightning.rewarding.rewards import Rewards, RewardValues
+from mezo_lightning.rewarding.settings import Reward
 
 
 def batch_of(*golds: str) -> Batch:
@@ -287,7 +287,7 @@ def test_a_masked_row_of_a_batch_may_fail() -> None:
 
 @pytest.fixture
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_asking, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(asking, "_FIRST_PAUSE", 0.01)
 
 
 @pytest.mark.usefixtures("_hurry")

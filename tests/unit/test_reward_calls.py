@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mezo_lightning.reward_calls import Inline, InWorkers, OnLoop, caller_of
+from mezo_lightning.rewarding.calls import Inline, InWorkers, OnLoop, caller_of
 
 SLOW = """
 import os, time

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mezo_lightning.batch import Batch
-from mezo_lightning.reward_arguments import Rows
-from mezo_lightning.reward_functions import NamedReward, imported, named_rewards
-from mezo_lightning.reward_settings import Reward
+from mezo_lightning.data.batch import Batch
+from mezo_lightning.rewarding.arguments import Rows
+from mezo_lightning.rewarding.functions import NamedReward, imported, named_rewards
+from mezo_lightning.rewarding.settings import Reward
 from rewards.shaping import Clip
 from rewards.text import Matches
 

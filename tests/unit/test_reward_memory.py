@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mezo_lightning import reward_memory
-from mezo_lightning.reward_memory import Answer, Memory, question
+from mezo_lightning.rewarding import memory as reward_memory
+from mezo_lightning.rewarding.memory import Answer, Memory, question
 
 
 def asked(told: Any, identity: str = "judge") -> bytes:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mezo_lightning.batch import Batch
-from mezo_lightning.rewarding import Rewards
+from mezo_lightning.data.batch import Batch
+from mezo_lightning.rewarding.rewards import Rewards
 from rewards.rouge import Rouge
 from rewards.squad import f1
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mezo_lightning.batch import Batch
-from mezo_lightning.reward_arguments import Rows
-from mezo_lightning.reward_functions import named_rewards
+from mezo_lightning.data.batch import Batch
+from mezo_lightning.rewarding.arguments import Rows
+from mezo_lightning.rewarding.functions import named_rewards
 from rewards.shaping import Clip, FormatGate, LengthPenalty, RepetitionPenalty, Scale, SoftOverlong
 
 DOWN = OSError("the judge is down")

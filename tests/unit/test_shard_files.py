@@ -13,10 +13,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mezo_lightning import shard_files
 from mezo_lightning.parameters import Shard
-from mezo_lightning.ranks import Alone
-from mezo_lightning.shard_files import ShardFiles, read_shards, remove, save_beside, weights_folder, write_shards
+from mezo_lightning.processes.ranks import Alone
+from mezo_lightning.sharding import shard_files
+from mezo_lightning.sharding.shard_files import (
+    ShardFiles,
+    read_shards,
+    remove,
+    save_beside,
+    weights_folder,
+    write_shards,
+)
 
 SHAPES = {"matrix": (7, 13), "vector": (5,), "scalar": (), "cube": (3, 4, 5), "empty": (0, 4), "one": (1, 1)}
 BESIDE = {"none": None, "byte": torch.int8, "fp32": torch.float32}
@@ -327,7 +334,7 @@ def kill_at(number):
         if seen == number:
             os.kill(os.getpid(), signal.SIGKILL)
     def trace(frame, event, argument):
-        if not frame.f_code.co_filename.endswith("mezo_lightning/shard_files.py"):
+        if not frame.f_code.co_filename.endswith("mezo_lightning/sharding/shard_files.py"):
             return None
         count()
         return trace

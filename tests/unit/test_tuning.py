@@ -17,8 +17,8 @@ from mezo_lightning.evaluators import Copy, Evaluation, Samples
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.samplers import Gaussian, LaneSampler, Rademacher
 from mezo_lightning.steps import Point
-from mezo_lightning.tuning import BatchNoise, Tuning, bend, best_rung, climb, compare, measure, noise_floor
-from mezo_lightning.tuning_report import advise, picture, table
+from mezo_lightning.tuning.measuring import BatchNoise, Tuning, bend, best_rung, climb, compare, measure, noise_floor
+from mezo_lightning.tuning.report import advise, picture, table
 
 SPECTRA = {
     "1 / i": 1 / torch.arange(1, 501, dtype=torch.float64),  # effective rank 28

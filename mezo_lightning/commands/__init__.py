@@ -1,0 +1,1 @@
+"""What ``mezo`` does before and after a run: try a reward, predict, replay and export."""

@@ -1,0 +1,99 @@
+"""Where the weights are: whole on every process, or cut up over all of them; and how evaluations get at them.
+
+``Whole`` serves one process, and several of which each has a copy (the strategy ``replicated``); ``Sharded`` in
+``zero3.py`` cuts the weights up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mezo_lightning.evaluators import Copy, Evaluator
+from mezo_lightning.leaf_scratch import LeafScratch
+from mezo_lightning.parameters import ParameterSpace, whole_shape
+from mezo_lightning.processes.ranks import Alone, Ranks
+
+if TYPE_CHECKING:
+    from mezo_lightning.models import CausalLM, Pretrained
+
+
+class Placement(ABC):
+    """Loads a model, and says where its weights are."""
+
+    ranks: Ranks
+
+    @abstractmethod
+    def load(self, pretrained: Pretrained, dtype: torch.dtype) -> CausalLM:
+        """Load a model to where its weights belong."""
+
+    @abstractmethod
+    def adopt(self, model: CausalLM) -> None:
+        """Take over a model that was loaded by someone else."""
+
+    @abstractmethod
+    def named_parameters(self, model: nn.Module) -> list[tuple[str, Tensor]]:
+        """All parameters by name, once each; a ``Shard`` where this process has a piece only."""
+
+    def parameter_counts(self, model: nn.Module) -> tuple[int, int]:
+        """How many weights the model has in all, and how many of them are trainable."""
+        sizes = [(whole_shape(p).numel(), p.requires_grad) for _, p in self.named_parameters(model)]
+        return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
+
+    @abstractmethod
+    def fingerprint(self, space: ParameterSpace) -> int:
+        """The fingerprint of the whole model's weights, the same on all ranks if they agree."""
+
+    @abstractmethod
+    def present(self, model: nn.Module) -> AbstractContextManager[object]:
+        """While in this context, the model computes with its weights as they are."""
+
+    @abstractmethod
+    def evaluator(
+        self, model: nn.Module, space: ParameterSpace, *, copies: bool, min_valid_fraction: float
+    ) -> Evaluator:
+        """The evaluator for a space of the model's parameters.
+
+        Args:
+            model: The model.
+            space: The parameters to perturb.
+            copies: Whether the model runs often at each point, so that perturbing it once is better.
+            min_valid_fraction: See ``Evaluator``.
+        """
+
+
+class Whole(Placement):
+    """All weights on this process.
+
+    Args:
+        ranks: The processes of the job, each with a copy.
+    """
+
+    def __init__(self, ranks: Ranks | None = None):
+        self.ranks = ranks or Alone()
+
+    def load(self, pretrained: Pretrained, dtype: torch.dtype) -> CausalLM:
+        return pretrained.load(dtype)
+
+    def adopt(self, model: CausalLM) -> None:
+        pass
+
+    def named_parameters(self, model: nn.Module) -> list[tuple[str, Tensor]]:
+        return list(model.named_parameters())
+
+    def fingerprint(self, space: ParameterSpace) -> int:
+        return space.fingerprint()
+
+    def present(self, model: nn.Module) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def evaluator(
+        self, model: nn.Module, space: ParameterSpace, *, copies: bool, min_valid_fraction: float
+    ) -> Evaluator:
+        if copies:
+            return Copy(space, min_valid_fraction=min_valid_fraction)
+        return LeafScratch(model, space, min_valid_fraction=min_valid_fraction)

@@ -1,0 +1,1 @@
+"""``mezo tune``: which epsilon, learning rate, batch size and queries suit a model and its data."""
