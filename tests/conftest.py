@@ -1,6 +1,7 @@
 """Fixtures that any test may use: tiny random models and a tiny tokenizer, made here, nothing downloaded."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ CORPUS = [
     "Story: Ella came from the old mill by the river.\nQuestion: Where did Ella come from?\nAnswer: the old mill\n",
     "A great film. It was great. A terrible film. It was terrible.\n\n",
 ]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_left_as_it_was() -> Iterator[None]:
+    """A handler that stays behind would swallow the Ctrl-C of a later test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.fixture(scope="session")

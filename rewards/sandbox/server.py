@@ -52,6 +52,7 @@ def main() -> None:
     finally:
         if settings.level > 1:  # here, since whoever made the folder may have been killed
             with contextlib.suppress(OSError):
+                descendants.end_all()  # one that had just begun could still write
                 box.clear(settings.box)
                 os.chdir("/")
                 os.rmdir(settings.box)

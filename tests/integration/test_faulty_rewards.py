@@ -14,8 +14,9 @@ import pytest
 from helpers import assert_same, data_of, model_of, module_of, reward_of, steps_of, trainer_of, weights
 from reward_examples import letters
 
-from mezo_lightning import Generate, RewardObjective, reward_asking
+from mezo_lightning import Generate, RewardObjective
 from mezo_lightning.callbacks import RunRecorder
+from mezo_lightning.rewarding import asking
 from mezo_lightning.rewarding.settings import Reward
 from rewards.http import HTTPReward, Limits
 
@@ -130,7 +131,7 @@ def fit(folder: Path, opt: Path, rows: Path, objective: Any) -> Any:
 def test_a_run_on_a_faulty_server_is_one_on_a_sound_reward_with_its_masks(
     tmp_path: Path, opt: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reward_asking, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(asking, "_FIRST_PAUSE", 0.01)
     with faulty_server() as server:
         url = f"http://127.0.0.1:{server.server_address[1]}/get_reward"
         reward = HTTPReward(url, limits=Limits(timeout=0.15, attempts=2, first_wait=0.01))

@@ -23,11 +23,13 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from mezo_lightning import Header, Pretrained, Trajectory, rebuild, replay, streaming
+from mezo_lightning import Header, Pretrained, Trajectory, replay
+from mezo_lightning.commands import rebuild
 from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
 from mezo_lightning.models import export
 from mezo_lightning.parameters import ParameterSpace, Shard
 from mezo_lightning.samplers import Gaussian, Rademacher
+from mezo_lightning.sharding import streaming
 from mezo_lightning.sharding.shard_files import write_shards
 from mezo_lightning.steps import Step, round_coefficient, round_fp32
 

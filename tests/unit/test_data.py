@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezo_lightning.data import PromptDataModule, draw
+from mezo_lightning.data import PromptDataModule
 from mezo_lightning.data.batch import Batch
+from mezo_lightning.data.data_module import draw
 from mezo_lightning.data.loaders import TrainLoader, permutation
 from mezo_lightning.data.rows import read_rows, with_split
 

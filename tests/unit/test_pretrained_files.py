@@ -230,7 +230,7 @@ def test_what_has_no_weights_to_read_is_refused(saved):
     assert base_folder(Pretrained(str(folder))) == folder
     assert (base_folder(Pretrained("embedded/opt-stories")) / "config.json").is_file()
     (folder / "x.gguf").touch()
-    with pytest.raises(ValueError, match=r"GGUF.*mezo_lightning\.export.*replicated"):
+    with pytest.raises(ValueError, match=r"GGUF.*models\.export.*replicated"):
         base_folder(Pretrained(str(folder), gguf_file="x.gguf"))
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="PEFT adapter"):
