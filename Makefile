@@ -19,7 +19,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@# Where the index cannot be reached pip goes on with the others, such as a folder of wheels.
 	$(PIP) --retries 0 torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) 2>/dev/null)
 	@# DeepSpeed without compiled operators: it builds the few that are used when they are.
-	DS_BUILD_OPS=0 $(PIP) --editable ".[peft,gguf,remote,judge,preference,sandbox]" --group dev
+	DS_BUILD_OPS=0 $(PIP) --editable ".[peft,quantised,gguf,remote,judge,preference,sandbox]" --group dev
 	touch $@
 
 demo: setup

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mezo_lightning.estimators import (
     FZOO,
+    GRZO,
     CentralDifference,
     Comparison,
     ForwardDifference,
@@ -19,20 +20,23 @@ from mezo_lightning.estimators import (
     Population,
 )
 from mezo_lightning.evaluators import Copy, Samples
+from mezo_lightning.flipout import Flipout
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
+from mezo_lightning.rowwise.evaluator import Rowwise
 from mezo_lightning.samplers import Gaussian, Rademacher, derive_seed
 from mezo_lightning.steps import GradientEstimate, Point, Step
 from mezo_lightning.structured import LowRank, Subset
 from mezo_lightning.trajectory import Header, Trajectory, replay
 from mezo_lightning.transforms import Chain, Clip, Identity, Sign, Standardize
+from mezo_lightning.updates import Momentum, ScalarAdam
 
 if TYPE_CHECKING:
     from mezo_lightning.completers import ChooseOption
     from mezo_lightning.data import PromptDataModule
     from mezo_lightning.encoding import Encoding
     from mezo_lightning.generation import Generate
-    from mezo_lightning.models import Pretrained
+    from mezo_lightning.models.pretrained import Pretrained
     from mezo_lightning.module import MeZOModule
     from mezo_lightning.objectives import CrossEntropy, RewardObjective
     from mezo_lightning.preferences import PreferenceObjective
@@ -45,7 +49,7 @@ _LAZY = {
     "Generate": "generation",
     "MeZOModule": "module",
     "PreferenceObjective": "preferences",
-    "Pretrained": "models",
+    "Pretrained": "models.pretrained",
     "PromptDataModule": "data",
     "Reward": "rewarding.settings",
     "RewardObjective": "objectives",
@@ -53,6 +57,7 @@ _LAZY = {
 
 __all__ = [
     "FZOO",
+    "GRZO",
     "CentralDifference",
     "Chain",
     "ChooseOption",
@@ -61,6 +66,7 @@ __all__ = [
     "Copy",
     "CrossEntropy",
     "Encoding",
+    "Flipout",
     "ForwardDifference",
     "Gaussian",
     "Generate",
@@ -73,6 +79,7 @@ __all__ = [
     "LowRank",
     "MeZO",
     "MeZOModule",
+    "Momentum",
     "Point",
     "Population",
     "PreferenceObjective",
@@ -81,7 +88,9 @@ __all__ = [
     "Rademacher",
     "Reward",
     "RewardObjective",
+    "Rowwise",
     "Samples",
+    "ScalarAdam",
     "Sign",
     "Standardize",
     "Step",

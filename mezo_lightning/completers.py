@@ -17,7 +17,7 @@ from mezo_lightning.encoding import Encoder
 from mezo_lightning.scoring import OptionScorer
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,12 @@ class ChooseOption(Completer):
 
     def bind(self, model: CausalLM, encoder: Encoder) -> BoundCompleter:
         """Set to work on one model."""
-        return _BoundChoice(OptionScorer(model, encoder), encoder)
+        return _BoundChoice(OptionScorer(model, encoder))
 
 
 class _BoundChoice(BoundCompleter):
-    def __init__(self, scorer: OptionScorer, encoder: Encoder):
+    def __init__(self, scorer: OptionScorer):
         self._scorer = scorer
-        self._encoder = encoder
 
     def check(self, batch: Batch) -> None:
         self._scorer.check(batch)
@@ -93,5 +92,5 @@ class _BoundChoice(BoundCompleter):
         chosen = self._scorer(batch).argmax(-1).tolist()
         options = batch.options or ()
         texts = [row[choice] for row, choice in zip(options, chosen, strict=True)]
-        ids = [self._encoder.continued(*pair).target_ids for pair in zip(batch.prompts, texts, strict=True)]
+        ids = [self._scorer.target_ids(*pair) for pair in zip(batch.prompts, texts, strict=True)]
         return Completions(tuple(text.strip() for text in texts), tuple(ids), ("stop",) * len(texts))

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mezo_lightning.models import base_model
+from mezo_lightning.models.pretrained import base_model
+from mezo_lightning.models.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """What configurations call the longest sequence that the model was made for."""
@@ -60,7 +61,8 @@ class Encoding:
         if self.bos_token_id is not None and not 0 <= self.bos_token_id < config.vocab_size:
             raise ValueError(f"bos_token_id={self.bos_token_id} is not in the vocabulary of {config.vocab_size} tokens")
         sizes = config.to_dict()
-        return Encoder(self, tokenizer, next((sizes[name] for name in CONTEXT_NAMES if sizes.get(name)), None))
+        context = next((sizes[name] for name in CONTEXT_NAMES if sizes.get(name)), None)
+        return Encoder(self, tokenizer, context, count_virtual_tokens(model))
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,20 @@ class Encoder:
         encoding: The rules.
         tokenizer: A tokenizer with a pad token.
         context: The longest sequence that the model takes; None where it has no limit of its own.
+        virtual_tokens: How many of its places stand in front of every text.
     """
 
-    def __init__(self, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, context: int | None):
+    def __init__(
+        self, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, context: int | None, virtual_tokens: int = 0
+    ):
         if encoding.chat and not tokenizer.chat_template:
             raise ValueError("chat: true needs a tokenizer with a chat template, which this one lacks; use chat: false")
         assert tokenizer.pad_token_id is not None
         self.encoding = encoding
         self.tokenizer = tokenizer
-        self.limit = encoding.max_length if context is None else min(encoding.max_length, context)
+        self.limit = encoding.max_length if context is None else min(encoding.max_length, context - virtual_tokens)
         self._context = context
+        self._virtual_tokens = virtual_tokens
         self._prefix = self._special_prefix()
         # Every probe of a step encodes the same batch again.
         self._tokenise = lru_cache(maxsize=1024)(self._tokenise_uncached)
@@ -185,6 +191,8 @@ class Encoder:
 
     def _limit_in_words(self) -> str:
         context = "no context limit" if self._context is None else f"a context of {self._context}"
+        if self._virtual_tokens:
+            context += f", {self._virtual_tokens} of them for virtual tokens"
         return f"the limit is {self.limit} tokens (max_length={self.encoding.max_length}, the model has {context})"
 
 

@@ -34,11 +34,13 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from mezo_lightning.completers import BoundCompleter, Completer, Completions
 from mezo_lightning.data.batch import Batch
 from mezo_lightning.encoding import Encoder, naming_row
-from mezo_lightning.models import base_model
+from mezo_lightning.models.kinds import is_masked
+from mezo_lightning.models.pretrained import base_model
+from mezo_lightning.models.virtual_tokens import virtual_tokens
 from mezo_lightning.samplers import GOLDEN, derive_seed, mix64
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM
 
 CHUNK_ELEMENTS = 1 << 20
 """Numbers of sampling noise made at a time: 8 MB."""
@@ -81,6 +83,11 @@ class Generate(Completer):
 
     def bind(self, model: CausalLM, encoder: Encoder) -> BoundCompleter:
         """Set to work on one model."""
+        if is_masked(base_model(model)):
+            raise ValueError(
+                f"Generate writes token by token, which a {type(base_model(model)).__name__} cannot: it fills in masks;"
+                " use completer: ChooseOption and give the data module options"
+            )
         return _BoundGenerate(self, model, encoder)
 
 
@@ -88,6 +95,7 @@ class _BoundGenerate(BoundCompleter):
     def __init__(self, config: Generate, model: CausalLM, encoder: Encoder):
         self._config = config
         self._model = model
+        self._virtual = virtual_tokens(model)
         self._encoder = encoder
         self._tokenizer = encoder.tokenizer
         self._ends = _end_tokens(base_model(model), encoder) | _tokens_with(encoder, config.stop)
@@ -110,13 +118,15 @@ class _BoundGenerate(BoundCompleter):
     @torch.inference_mode()
     def complete(self, batch: Batch, *, seed: int) -> Completions:
         prompts = [self._encoder.prompt(prompt, reserve=self._config.max_new_tokens) for prompt in batch.prompts]
-        inputs = self._encoder.pad(prompts, self._model.device)
-        width = inputs["input_ids"].shape[1]
+        inputs: dict[str, Any] = self._encoder.pad(prompts, self._model.device)
+        del inputs["position_ids"]  # generate finds them from the mask
         model: Any = self._model  # PEFT's generate has no types
+        if self._virtual is not None:
+            model, inputs = self._virtual.base, self._virtual.in_front_of_ids(inputs)
+        width = inputs["input_ids"].shape[1]
         with _nothing_inherited(base_model(self._model)):
             output = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                **inputs,
                 generation_config=self._settings,
                 logits_processor=self._warpers(batch, seed, width),
                 stopping_criteria=self._criteria(width),

@@ -1,7 +1,8 @@
 """The evaluator for loss objectives: one leaf module at a time, perturbed into a scratch buffer by forward hooks.
 
-It takes hardly more memory than a forward: the largest leaf module, once. A module whose weights are used outside of
-its own forward cannot be served this way, and is refused rather than left unperturbed.
+It takes hardly more memory than a forward: of linear layers and embeddings, which hold nearly all weights, a few rows
+at a time; of other modules the largest, once. A module whose weights are used outside of its own forward cannot be
+served this way, and is refused rather than left unperturbed.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mezo_lightning.evaluators import Evaluator
 from mezo_lightning.interrupts import uninterrupted
 from mezo_lightning.parameters import ParameterSpace, Slice
+from mezo_lightning.samplers import chunk_numel
 from mezo_lightning.steps import Point
 
 _ADVICE = "use the evaluator Copy (in YAML: evaluator: copy), or freeze it"
@@ -26,7 +30,8 @@ _ADVICE = "use the evaluator Copy (in YAML: evaluator: copy), or freeze it"
 class LeafScratch(Evaluator):
     """Each module's own parameters are perturbed into a scratch buffer just while that module runs.
 
-    The master weights are only ever read. Embeddings are perturbed in the rows that a batch looks up.
+    The master weights are only ever read. Embeddings are perturbed in the rows that a batch looks up, and linear layers
+    in blocks of rows, each used while it is still in the cache.
 
     Args:
         model: The module whose submodules hold the parameters of ``space``.
@@ -44,11 +49,24 @@ class LeafScratch(Evaluator):
                 self._owners[module] = own
         self._names = {id(piece.parameter): piece.info.name for piece in space.slices}
         self._lookups = {module for module in self._owners if _is_plain_lookup(module)}
+        self._linears = {
+            module: (weight, bias)
+            for module in self._owners
+            if _is_plain_linear(module)
+            for weight, bias in [(slices.get(id(module.weight)), slices.get(id(module.bias)))]
+            if weight is not None
+        }
         self._leaves = {m for m in self._owners if not any(c in self._owners for c in m.modules() if c is not m)}
         # One leaf runs at a time, so that all leaves share one buffer.
-        size = max((_nbytes(self._owners[m]) for m in self._leaves if m not in self._lookups), default=0)
+        size = max(
+            (_nbytes(self._owners[m]) for m in self._leaves if m not in self._lookups and m not in self._linears),
+            default=0,
+        )
         self._scratch = torch.empty(size, dtype=torch.uint8, device=space.device)
         self._scratch_user: nn.Module | None = None
+        self._blocks = {module: _rows_at_once(module, chunk_numel(space.device)) for module in self._linears}
+        size = max((_nbytes([w]) // m.out_features * self._blocks[m] for m, (w, _) in self._linears.items()), default=0)
+        self._block = torch.empty(size, dtype=torch.uint8, device=space.device)
         self._masters: dict[int, tuple[Tensor, Tensor]] = {}
         self._users: Counter[int] = Counter()  # modules that are running, for each parameter: they may be nested
         self._unused = set(self._names.values())
@@ -59,7 +77,9 @@ class LeafScratch(Evaluator):
         hooks = []
         # Around all other hooks: those may compute from the weights, or change the output.
         for module in self._owners:
-            if module in self._lookups:
+            if _is_plain_linear(module) and module in self._linears:
+                module.forward = partial(self._linear, module)
+            elif module in self._lookups:
                 hooks.append(module.register_forward_pre_hook(self._enter_lookup, prepend=True))
                 hooks.append(module.register_forward_hook(self._look_up, prepend=True, with_kwargs=True))
             else:
@@ -76,6 +96,8 @@ class LeafScratch(Evaluator):
             with uninterrupted():
                 for hook in hooks:
                     hook.remove()
+                for module in self._linears:
+                    vars(module).pop("forward", None)
                 self._release()
 
     def _release(self) -> None:
@@ -134,6 +156,42 @@ class LeafScratch(Evaluator):
         self._users[id(piece.parameter)] -= 1
         return output
 
+    def _linear(self, module: nn.Linear, input: Tensor) -> Tensor:
+        """The forward of a linear layer at the point, a block of rows of its weight at a time."""
+        weight, bias = self._linears[module]
+        own = [weight] if bias is None else [weight, bias]
+        self._unused.difference_update(piece.info.name for piece in own)
+        self._users.update(id(piece.parameter) for piece in own)
+        offset: Tensor | None = module.bias
+        if bias is not None and id(bias.parameter) not in self._masters:
+            offset = torch.empty(len(bias), dtype=bias.parameter.dtype, device=self.space.device)
+            self.space.perturb(bias, self._point, offset)
+        rows = self._blocks[module]
+        if rows == module.out_features:
+            output = F.linear(input, self._rows(weight, 0, rows), offset)
+        else:
+            flat = input.reshape(-1, module.in_features)
+            output = flat.new_empty(flat.shape[0], module.out_features)
+            for first in range(0, module.out_features, rows):
+                part = output[:, first : first + rows]
+                block = self._rows(weight, first, part.shape[1]).t()
+                if offset is None:
+                    torch.mm(flat, block, out=part)
+                else:
+                    torch.addmm(offset[first : first + rows], flat, block, out=part)
+            output = output.view(*input.shape[:-1], module.out_features)
+        self._users.subtract(id(piece.parameter) for piece in own)
+        return output
+
+    def _rows(self, weight: Slice, first: int, count: int) -> Tensor:
+        """Some rows of a matrix at the point, until the next ones are asked for."""
+        if id(weight.parameter) in self._masters:  # a module around this one has the same weight, at the point already
+            return weight.parameter.data[first : first + count]
+        width = weight.info.shape[1]
+        rows = self._block.view(weight.parameter.dtype)[: count * width]
+        self.space.perturb(weight, self._point, rows, first * width)
+        return rows.view(count, width)
+
     def _check_all_used(self) -> None:
         if len(self._unused) == len(self._names):
             return  # nothing has run: a process may have no rows of a batch
@@ -163,7 +221,8 @@ class _OutsideUse(TorchFunctionMode):
     ) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # its dtype, shape or device may be asked for
+        # Its dtype, shape or device may be asked for, and requires_grad_ returns the parameter itself.
+        if isinstance(result, Tensor) and id(result) not in self._names:
             for value in (*args, *(kwargs or {}).values()):
                 if id(value) in self._names and not self._users[id(value)]:
                     raise ValueError(
@@ -183,6 +242,22 @@ def _shares_memory(output: Any, buffer: Tensor) -> bool:
     outputs = output if isinstance(output, (tuple, list)) else (output,)
     storage = buffer.untyped_storage().data_ptr()
     return any(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == storage for part in outputs)
+
+
+def _rows_at_once(module: nn.Linear, limit: int) -> int:
+    """Rows of a linear layer's weight in a block: blocks are of one size and hold about ``limit`` numbers."""
+    blocks = max(1, round(module.weight.numel() / limit))
+    return -(-module.out_features // blocks)
+
+
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module does nothing but multiply by its weight and add its bias."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and "forward" not in vars(module)
+        and not any(module.children())
+    )
 
 
 def _is_plain_lookup(module: nn.Module) -> bool:

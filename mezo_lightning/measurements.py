@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 import torch
@@ -40,9 +40,10 @@ def step_record(
     assert evaluation is not None
     identical = evaluation.identical_fraction(estimate.pairs)
     rounds = (*estimate.earlier, evaluation)
+    valued = [one for one in rounds if one.compare is None]  # where samples are compared, points have no values
     return StepRecord(
         step=step,
-        objective={point.label: mean for one in rounds for point, mean in zip(one.points, one.means, strict=True)},
+        objective={point.label: mean for one in valued for point, mean in zip(one.points, one.means, strict=True)},
         projected_grads=list(estimate.projected_grads),
         lr=learning_rates,
         valid_fraction=min(float(one.valid.double().mean()) for one in rounds),
@@ -80,12 +81,22 @@ def sample_records(batch: Batch, samples: Samples, step: int) -> list[SampleReco
     ]
 
 
-def known_values(samples: Samples) -> dict[str, Tensor]:
-    """The objective and each metric of a batch, fp64, over the samples that have one; nothing where none has."""
+def means(batch: Batch, samples: Samples, tally: Tally) -> Iterator[tuple[str, Tensor | float, int]]:
+    """The objective, each metric and what rewards said, as (name, mean, number of samples that it is over).
+
+    Args:
+        batch: The rows.
+        samples: As they were measured; a figure that none of them has is left out.
+        tally: What there is to say about asking rewards.
+    """
     valid = samples.valid.any(-1)
     objective = samples.values.masked_fill(~samples.valid, 0.0).sum(-1).double()
     figures = {name: values[~values.isnan()].double() for name, values in samples.metrics.items()}
-    return {name: known for name, known in {"objective": objective[valid], **figures}.items() if known.numel()}
+    for name, known in {"objective": objective[valid], **figures}.items():
+        if known.numel():
+            yield name, known.mean(), known.numel()
+    for name, value in tally.statements().items():
+        yield name, value, len(batch)
 
 
 def _mean_metrics(rounds: Sequence[Evaluation]) -> dict[str, float]:

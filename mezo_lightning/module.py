@@ -31,8 +31,8 @@ from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import CentralDifference, Estimator
 from mezo_lightning.evaluators import Evaluator, Samples
 from mezo_lightning.interrupts import uninterrupted
-from mezo_lightning.measurements import flatten, known_values, sample_records, step_record
-from mezo_lightning.models import Pretrained
+from mezo_lightning.measurements import flatten, means, sample_records, step_record
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.objectives import BoundObjective, Objective
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.parameters import ParameterSpace
@@ -57,7 +57,7 @@ from mezo_lightning.transforms import Identity, Transform
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class MeZOModule(pl.LightningModule):
         startup_checks: Before the first step, call the reward once on a real batch, and make sure that every group of
             trainable parameters moves the model's output. Switch it off for rewards that cost money.
         rewind: When a run is resumed, forget the steps that its log has after the checkpoint, and measure them anew;
-            otherwise they are repeated from the log.
+            otherwise they are repeated from the log. With an update that remembers they always are measured anew.
         num_samples: How many validation rows are shown in tables and in the report.
         seed: Decides all directions and all sampling noise.
     """
@@ -119,7 +119,7 @@ class MeZOModule(pl.LightningModule):
                 self.remove_ignored_hparams([name])
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1, or null for the whole batch")
-        check_estimator(objective, estimator)
+        check_estimator(estimator, objective, pretrained)
         self.automatic_optimization = False
         self.pretrained = pretrained
         self.objective = objective
@@ -160,8 +160,7 @@ class MeZOModule(pl.LightningModule):
         compare = comparison(self._bound, batch, self.seed, Probe(*now, ranks=self._placement.ranks))
         measure = partial(self._measure, batch, self._bound.measure, decoding_seed, texts=compare is not None)
         evaluate = self._rounds.begin(self.evaluator(measure, compare), batch)
-        estimate = self.estimator.estimate(evaluate, seed=derive_seed(self.seed, step, _DIRECTIONS))
-        estimate = self.transform(estimate)
+        estimate = self.transform(self.estimator.estimate(evaluate, seed=derive_seed(self.seed, step, _DIRECTIONS)))
         learning_rates = [float(group["lr"]) for group in self._mezo.param_groups]
         self._update(estimate=estimate)
         when = (step + 1, learning_rates, time.perf_counter() - started)
@@ -207,10 +206,8 @@ class MeZOModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str) -> dict[str, Any]:
         samples = self._measure_as_is(batch, self._bound.measure)
-        for name, known in known_values(samples).items():  # means over all batches, weighted by the rows that count
-            self.log(f"{stage}/{name}", known.mean(), batch_size=known.numel(), prog_bar=name == "reward")
-        for name, value in self._bound.take_tally().statements().items():
-            self.log(f"{stage}/{name}", value, batch_size=len(batch))
+        for name, mean, rows in means(batch, samples, self._bound.take_tally()):  # Lightning averages over all batches
+            self.log(f"{stage}/{name}", mean, batch_size=rows, prog_bar=name in ("reward", "win_rate"))
         records = sample_records(batch, samples, self.global_step)
         return {"samples": [record for record in records if record.index < self.num_samples]}
 
@@ -267,6 +264,7 @@ class MeZOModule(pl.LightningModule):
 
     def _load(self, dtype: torch.dtype) -> None:
         if self.model is None:
+            self.objective.check_model(self.pretrained)
             self.model = self._placement.ranks.together(lambda: self._placement.load(self.pretrained, dtype))
         else:
             for parameter in self.model.parameters():
@@ -275,6 +273,7 @@ class MeZOModule(pl.LightningModule):
         if self.tokenizer is None:
             self.tokenizer = self.pretrained.load_tokenizer()
         self._bound = self.objective.bind(cast("CausalLM", self.model), self.tokenizer, self.encoding)
+        self._bound.check_ranks(self._placement.ranks)
         self.train()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -310,6 +309,7 @@ class MeZOModule(pl.LightningModule):
             check_every_kind_counts(self._mezo.space, self.make_evaluator, output)
 
     def make_evaluator(self, space: ParameterSpace) -> Evaluator:
+        """The evaluator that this run's settings ask for, over all or some of the model's parameters."""
         assert self.model is not None
         enough = self.min_valid_fraction
         return self._placement.evaluator(self.model, space, copies=self._copies, min_valid_fraction=enough)
@@ -349,11 +349,11 @@ class MeZOModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know of."""
         assert self.model is not None
-        fingerprint = self._placement.fingerprint(self._mezo.space) if self.trainer.optimizers else None
         checkpoint["mezo"] = {
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "lineage": dataclasses.asdict(self._run_log.lineage_of(self.global_step)),
-            "fingerprint": fingerprint,
+            "fingerprint": self._placement.fingerprint(self._mezo.space) if self.trainer.optimizers else None,
+            "objective": self._bound.state_dict(),
             "skipped_steps": self._skips.total,
             "skipped_in_a_row": self._skips.in_a_row,
         }
@@ -372,6 +372,7 @@ class MeZOModule(pl.LightningModule):
         dtype = getattr(torch, state["dtype"])
         if self.model is None:
             self._load(dtype)
+        self._bound.load_state_dict(state.get("objective", {}))
         model = cast(nn.Module, self.model)
         check_dtype_of(model, dtype)
         if isinstance(self._placement, Whole):
@@ -383,8 +384,7 @@ class MeZOModule(pl.LightningModule):
         self._skips.count(estimate.skipped is not None)
         if estimate.skipped is not None:
             log.warning("step %d was skipped: %s", record.step, estimate.skipped)
-        figures = {**flatten(record), "skipped_steps": float(self._skips.total)}
-        for name, value in figures.items():
+        for name, value in {**flatten(record), "skipped_steps": float(self._skips.total)}.items():
             self.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, batch_size=batch_size)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

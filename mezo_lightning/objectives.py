@@ -11,6 +11,7 @@ batch; we average over each sample's tokens first, so that a sample weighs the s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,18 +23,20 @@ from transformers import PreTrainedTokenizerBase
 
 from mezo_lightning.completers import BoundCompleter, ChooseOption, Completer, Completions
 from mezo_lightning.data.batch import Batch
+from mezo_lightning.divergence import Divergence, KLEstimator, check_adapter
 from mezo_lightning.encoding import Encoder, Encoding
 from mezo_lightning.evaluators import Samples
 from mezo_lightning.generation import Generate
 from mezo_lightning.probes import Probe
+from mezo_lightning.processes.ranks import Ranks
 from mezo_lightning.rewarding.log import Tally
 from mezo_lightning.rewarding.masks import RecordedMasks
 from mezo_lightning.rewarding.rewards import OnFailure, Rewards, RewardValues
 from mezo_lightning.rewarding.settings import Reward
-from mezo_lightning.scoring import OptionScorer, Scorer
+from mezo_lightning.scoring import OptionScorer, TargetScorer, scorer_for
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM, Pretrained
 
 
 class BoundObjective(ABC):
@@ -51,6 +54,10 @@ class BoundObjective(ABC):
             batch: The rows, as many as there are.
             measured: Whether they are to be measured; False where they are only to be completed.
         """
+
+    def check_ranks(self, ranks: Ranks) -> None:
+        """Raise ValueError where the processes of the job cannot measure together."""
+        del ranks
 
     @abstractmethod
     def startup(self, batch: Batch) -> Samples:
@@ -104,6 +111,14 @@ class BoundObjective(ABC):
         """What there is to say about asking rewards since this was last called."""
         return Tally()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed has to know of this one; plain data, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, perhaps in another process; empty where a checkpoint holds nothing."""
+        del state
+
 
 class Objective(ABC):
     """What to minimise."""
@@ -112,6 +127,10 @@ class Objective(ABC):
     @abstractmethod
     def autoregressive(self) -> bool:
         """Whether the model runs many times at the same weights, which the evaluator ``Copy`` suits better."""
+
+    def check_model(self, pretrained: Pretrained) -> None:
+        """Raise ValueError for a model that cannot serve, before it is loaded."""
+        del pretrained
 
     @abstractmethod
     def bind(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> BoundObjective:
@@ -137,15 +156,14 @@ class CrossEntropy(Objective):
         """Set to work on one model."""
         encoder = encoding.bind(model, tokenizer)
         choice = ChooseOption().bind(model, encoder)
-        return _BoundCrossEntropy(Scorer(model, encoder), OptionScorer(model, encoder), choice, encoder)
+        return _BoundCrossEntropy(scorer_for(model, encoder), OptionScorer(model, encoder), choice)
 
 
 class _BoundCrossEntropy(BoundObjective):
-    def __init__(self, scorer: Scorer, option_scorer: OptionScorer, choice: BoundCompleter, encoder: Encoder):
+    def __init__(self, scorer: TargetScorer, option_scorer: OptionScorer, choice: BoundCompleter):
         self._scorer = scorer
         self._option_scorer = option_scorer
         self._choice = choice
-        self._encoder = encoder
 
     def lacks(self, batch: Batch) -> str | None:
         return complaint(lambda: _targets(batch) if batch.options is None else _answers(batch))
@@ -155,7 +173,7 @@ class _BoundCrossEntropy(BoundObjective):
             _check_there_is_a_choice(batch)
             self._choice.check(batch)
         elif batch.options is None:
-            self._encoder.check(batch.index, zip(batch.prompts, _targets(batch), strict=True))
+            self._scorer.check(batch.index, zip(batch.prompts, _targets(batch), strict=True))
         else:
             _answers(batch)
             self._option_scorer.check(batch)
@@ -210,21 +228,43 @@ class RewardObjective(Objective):
     """seconds to wait where a remote reward answers nothing any more, before the run ends"""
     masks: str | None = None
     """the folder of another run: each step leaves out the very samples that its step left out; null: none"""
+    beta: float = 0.0
+    """weight of a penalty for leaving the base model, as in TRL: the KL divergence on what was written, a mean over its
+    tokens, is logged as kl and taken off the reward in what is maximised. It needs an adapter, which is switched off to
+    find the base, and costs two more forwards a probe; 0: no penalty"""
+    kl_estimator: KLEstimator = "k3"
+    """of a token with r = log p_tuned - log p_base: exp(-r) - 1 + r (k3, as TRL's GRPO), never negative, or r (k1),
+    which suits sampling at temperature 1 only: in greedy completions it pays for less confidence"""
 
     def __post_init__(self) -> None:
         """Refuse rewards that cannot be found or called, before any model is loaded."""
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise ValueError(f"beta={self.beta} must be a number, 0 (no penalty) or more")
+        if self.kl_estimator not in ("k1", "k3"):
+            raise ValueError(f"kl_estimator={self.kl_estimator!r} must be 'k1' or 'k3'")
         self._rewards()
         self._masks()
 
     @property
     def autoregressive(self) -> bool:
-        """As the completer is."""
-        return self.completer.autoregressive
+        """As the completer is; and with a penalty, for which the model runs twice more."""
+        return self.completer.autoregressive or self.beta > 0
+
+    def check_model(self, pretrained: Pretrained) -> None:
+        """Refuse a penalty without an adapter, or for a model that does not write."""
+        if self.beta and pretrained.kind == "masked":
+            raise ValueError(f"beta={self.beta} weighs what is written, and kind='masked' writes nothing; set beta: 0")
+        check_adapter(pretrained.adapter, self.beta)
 
     def bind(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> BoundObjective:
         """Set to work on one model."""
-        completer = self.completer.bind(model, encoding.bind(model, tokenizer))
-        return _BoundReward(self._rewards(), completer, self._masks())
+        encoder = encoding.bind(model, tokenizer)
+        divergence = self._divergence(model, encoder) if self.beta else None
+        return _BoundReward(self._rewards(), self.completer.bind(model, encoder), self._masks(), divergence)
+
+    def _divergence(self, model: CausalLM, encoder: Encoder) -> Divergence:
+        reserve = self.completer.max_new_tokens if isinstance(self.completer, Generate) else None
+        return Divergence(model, encoder, beta=self.beta, estimator=self.kl_estimator, reserve=reserve)
 
     def _rewards(self) -> Rewards:
         return Rewards(self.reward, self.reward_weights, self.on_failure, cache=self.cache, patience=self.patience)
@@ -234,10 +274,13 @@ class RewardObjective(Objective):
 
 
 class _BoundReward(BoundObjective):
-    def __init__(self, rewards: Rewards, completer: BoundCompleter, masks: RecordedMasks | None = None):
+    def __init__(
+        self, rewards: Rewards, completer: BoundCompleter, masks: RecordedMasks | None, divergence: Divergence | None
+    ):
         self._rewards = rewards
         self._completer = completer
         self._masks = masks
+        self._divergence = divergence
 
     def lacks(self, batch: Batch) -> str | None:
         return complaint(lambda: self._rewards.check(batch.columns))
@@ -247,20 +290,24 @@ class _BoundReward(BoundObjective):
             self._rewards.check(batch.columns)
         self._completer.check(batch)
 
+    def check_ranks(self, ranks: Ranks) -> None:
+        if self._divergence is not None:
+            self._divergence.check_ranks(ranks)
+
     def startup(self, batch: Batch) -> Samples:
-        said = self._completed(batch, 0, Probe())
-        return self._judged(said, self._rewards.startup(batch, said.texts, said.ids, said.finish_reasons))
+        said, divergence = self._completed(batch, 0, Probe())
+        return self._judged(said, divergence, self._rewards.startup(batch, said.texts, said.ids, said.finish_reasons))
 
     def samples(self, batch: Batch, *, seed: int) -> Samples:
         return self.measure(batch, seed=seed)
 
     def measure(self, batch: Batch, *, seed: int, probe: Probe = Probe()) -> Samples:  # noqa: B008  (frozen)
         """All rows are completed first, and then judged at once: a reward may need to see them together."""
-        said = self._completed(batch, seed, probe)
+        said, divergence = self._completed(batch, seed, probe)
         values = self._rewards(
             *(batch, said.texts, said.ids, said.finish_reasons), probe=probe, masked=self._masked(batch, probe)
         )
-        return self._judged(said, values)
+        return self._judged(said, divergence, values)
 
     @torch.inference_mode()
     def complete(self, batch: Batch, *, seed: int) -> Samples:
@@ -270,13 +317,21 @@ class _BoundReward(BoundObjective):
         return self._rewards.take_tally()
 
     @torch.inference_mode()
-    def _completed(self, batch: Batch, seed: int, probe: Probe) -> Completions:
-        """What the model answers to all rows; each rank completes its own, and knows those of the others."""
+    def _completed(self, batch: Batch, seed: int, probe: Probe) -> tuple[Completions, Tensor]:
+        """What the model answers to all rows, and the divergence of each from its base; nothing if that counts nothing.
 
-        def mine() -> list[Completions]:
-            return [self._completer.complete(part, seed=seed) for part in probe.parts(batch)]
+        Each rank completes its own rows, and knows those of the others.
+        """
 
-        return Completions.concatenate([part for parts in probe.ranks.gather(mine) for part in parts])
+        def mine() -> list[tuple[Completions, Tensor]]:
+            return probe.each(batch, lambda part: self._written(part, seed))
+
+        said, divergence = zip(*(part for parts in probe.ranks.gather(mine) for part in parts), strict=True)
+        return Completions.concatenate(said), torch.cat(divergence)
+
+    def _written(self, batch: Batch, seed: int) -> tuple[Completions, Tensor]:
+        said = self._completer.complete(batch, seed=seed)
+        return said, torch.empty(0) if self._divergence is None else self._divergence(batch.prompts, said)
 
     def _masked(self, batch: Batch, probe: Probe) -> set[tuple[int, int]]:
         """What another run left out of this round, as (place in the batch, component)."""
@@ -290,14 +345,15 @@ class _BoundReward(BoundObjective):
             if (row, component) in masks
         }
 
-    def _judged(self, said: Completions, values: RewardValues) -> Samples:
+    def _judged(self, said: Completions, divergence: Tensor, values: RewardValues) -> Samples:
         rewards = values.values
         weighted = rewards * torch.tensor(self._rewards.weights, dtype=torch.float64)
         valid = ~rewards.isnan()
         total = weighted.nansum(-1).masked_fill(~valid.any(-1), torch.nan)
         metrics = {f"rewards/{name}": rewards[:, i] for i, name in enumerate(self._rewards.names)}
         metrics |= {"reward": total, "tokens": torch.tensor([float(len(ids)) for ids in said.ids])}
-        return Samples(-weighted.masked_fill(~valid, 0.0), valid, said.texts, metrics)
+        samples = Samples(-weighted.masked_fill(~valid, 0.0), valid, said.texts, metrics)
+        return samples if self._divergence is None else self._divergence.penalised(samples, divergence)
 
 
 def _samples(loss: Tensor, metrics: dict[str, Tensor], texts: tuple[str, ...] | None = None) -> Samples:

@@ -20,8 +20,9 @@ from mezo_lightning.interrupts import uninterrupted
 from mezo_lightning.parameters import ParameterSpace, whole_shape
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian, Sampler
-from mezo_lightning.steps import GradientEstimate, Step, round_coefficient, round_fp32
+from mezo_lightning.steps import DecayTowards, GradientEstimate, Step, round_coefficient, round_fp32
 from mezo_lightning.trajectory import Trajectory
+from mezo_lightning.updates import Memory, Update
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -31,9 +32,9 @@ class MeZO(torch.optim.Optimizer):
 
     ``theta <- (1 - lr * weight_decay) * theta - lr * scale * sum_i projected_grads[i] * z(seeds[i])``
 
-    Nothing is stored per weight, except what ``rounding`` needs. The coefficients are rounded to 12 significant bits;
-    see ``steps.py`` for what that buys. Deviations from the published code: weight decay is decoupled and by the kind
-    of parameter, not by its name, and the learning rate may be scheduled.
+    Nothing is stored per weight, except what ``rounding`` and ``decay_towards`` need. The coefficients are rounded to
+    12 significant bits; see ``steps.py`` for what that buys. Deviations from the published code: weight decay is
+    decoupled and by the kind of parameter, not by its name, and the learning rate may be scheduled.
 
     Args:
         params: Parameters, preferably ``model.named_parameters()``, or parameter groups of them. Frozen ones are left
@@ -44,9 +45,14 @@ class MeZO(torch.optim.Optimizer):
         sampler: The distribution of directions; None for ``Gaussian()``.
         rounding: How updates get into 16-bit weights: ``stochastic``, ``compensated`` or ``master``; fp32 weights need
             none of them.
+        update: What is applied in the place of an estimate, such as ``Momentum`` or ``ScalarAdam``; None for the
+            estimate itself.
+        decay_towards: What weight decay is towards: ``zero``, or the ``start``, the weights before the first step
+            (anchored decay, 2026, arXiv 2605.30148): ``theta <- theta - lr * weight_decay * (theta - start)``. The
+            start is one more copy of the trainable weights that this process holds, in memory and in checkpoints.
 
     Raises:
-        ValueError: If a number is out of range or no parameter is trainable.
+        ValueError: If a number is out of range, no parameter is trainable, or two settings do not go together.
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class MeZO(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         sampler: Sampler | None = None,
         rounding: RoundingName = "stochastic",
+        update: Update | None = None,
+        decay_towards: DecayTowards = "zero",
     ):
         self._has_all_groups = False
         groups = _split_by_kind(_as_groups(params), weight_decay)
@@ -79,6 +87,12 @@ class MeZO(torch.optim.Optimizer):
             sampler or Gaussian(),
             rounding,
         )
+        self.update = update
+        self._memory = Memory()
+        self.decay_towards: DecayTowards = decay_towards
+        self.space.decay_towards = decay_towards
+        self._check_update()
+        self._check_decay(weight_decay)
         self.trajectory: Trajectory | None = None
         """Where every step is recorded, if anywhere."""
         self._steps = 0
@@ -101,17 +115,24 @@ class MeZO(torch.optim.Optimizer):
             recorded: In its place, a step that the trajectory has already: it is made again.
 
         Raises:
-            ValueError: If there is neither.
+            ValueError: If there is neither, or a recorded step with an ``update``, which has to see estimates.
         """
         result = closure() if closure is not None else None
         if recorded is None:
             if estimate is None:
                 raise ValueError("MeZO.step needs estimate=..., made by an estimator; there are no gradients to read")
+            memory, estimate = self._advance(estimate)
             step = self._make_step(estimate)
+        elif self.update is not None:
+            raise ValueError(
+                f"the trajectory has steps that the checkpoint lacks, and update={self.update} cannot repeat them, for "
+                "it has to see the estimates that they were made from: resume with model.rewind=true"
+            )
         else:
-            step = recorded
+            memory, step = self._memory, recorded
         with uninterrupted():
             self.space.apply([step])
+            self._memory = memory
             self._steps = step.number + 1
             self._digest.update(repr((step.number, step.terms, step.decays)).encode())
             if self.trajectory is not None and recorded is None:
@@ -133,10 +154,16 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError("MeZO cannot take another parameter group: give it all of them when it is made")
         super().add_param_group(param_group)
 
+    def _advance(self, estimate: GradientEstimate) -> tuple[Memory, GradientEstimate]:
+        """What is remembered from now on, and what to apply; nothing changes yet."""
+        if self.update is None or not estimate.seeds:
+            return self._memory, estimate
+        return self.update.advance(self._memory, estimate)
+
     def _make_step(self, estimate: GradientEstimate) -> Step:
         number = self._number()
         if not estimate.seeds:
-            return Step(number=number)
+            return Step(number=number, decay_towards=self.decay_towards)
         rates = [float(group["lr"]) for group in self.param_groups]
         decays = [float(group["weight_decay"]) for group in self.param_groups]
         return Step(
@@ -146,24 +173,63 @@ class MeZO(torch.optim.Optimizer):
             ),
             tuple(round_fp32(1.0 - lr * decay) for lr, decay in zip(rates, decays, strict=True)),
             number,
+            self.decay_towards,
         )
+
+    def _check_update(self) -> None:
+        sampler = self.space.sampler
+        if self.update is not None and self.update.reach > 1 and not sampler.same_at_every_step:
+            raise ValueError(
+                f"update={self.update} applies the directions of earlier steps again, but with sampler={sampler} a "
+                "seed gives other ones by then: use Gaussian, Rademacher or a LowRank with refresh_left and "
+                "refresh_right 0 or null, or an update without momentum"
+            )
+
+    def _check_decay(self, weight_decay: float) -> None:
+        if self.decay_towards not in ("zero", "start"):
+            raise ValueError(f"decay_towards={self.decay_towards!r} is unknown; choose 'zero' or 'start'")
+        if self.decay_towards == "zero":
+            return
+        if not weight_decay and not any(group["weight_decay"] for group in self.param_groups):
+            raise ValueError("decay_towards='start' does nothing without weight_decay: set that as well")
+        if any(store.state is not None for store in self.space.stores):
+            raise ValueError(
+                f"decay_towards='start' and rounding={self.space.rounding!r} both keep something beside 16-bit "
+                "weights, and only one may: use rounding='stochastic', or decay_towards='zero'"
+            )
 
     def _number(self) -> int:
         # A trajectory counts by itself: it may have been begun in the middle of a run.
         return self._steps if self.trajectory is None else len(self.trajectory)
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's state, the count of steps, and what rounding keeps beside 16-bit weights, by parameter name."""
-        stores = zip(self.space.slices, self.space.stores, strict=True)
-        beside = {piece.info.name: store.state for piece, store in stores if store.state is not None}
-        return {**super().state_dict(), "steps": self._steps, "rounding": self.space.rounding, "beside": beside}
+        """Torch's state, the count of steps, what updates remember, and what is kept beside weights, by their name."""
+        names = [piece.info.name for piece in self.space.slices]
+        kept = self.space.start or [store.state for store in self.space.stores]
+        return {
+            **super().state_dict(),
+            "steps": self._steps,
+            "rounding": self.space.rounding,
+            "update": {"rule": _name_of(self.update), "memory": self._memory.state_dict()},
+            "decay_towards": self.decay_towards,
+            "beside": {name: tensor for name, tensor in zip(names, kept, strict=True) if tensor is not None},
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``.
 
         Raises:
-            ValueError: If it was saved with another way of rounding.
+            ValueError: If it was saved with another way of rounding, another update, or decay towards something else.
         """
+        update = state_dict.get("update", {"rule": _name_of(None), "memory": Memory().state_dict()})
+        for option, saved, own in (
+            ("update", update["rule"], _name_of(self.update)),
+            ("decay_towards", state_dict.get("decay_towards", "zero"), self.decay_towards),
+        ):
+            if saved != own:
+                raise ValueError(
+                    f"the state was saved with {option}={saved}, this optimizer has {option}={own}: go on with the same"
+                )
         if state_dict["rounding"] != self.space.rounding:
             raise ValueError(
                 f"the state was saved with rounding={state_dict['rounding']!r}, this optimizer has "
@@ -171,10 +237,19 @@ class MeZO(torch.optim.Optimizer):
             )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._steps = state_dict["steps"]
+        self._memory = Memory.from_state_dict(update["memory"])
+        if self.decay_towards == "start" and self._steps:
+            self.space.start = [
+                state_dict["beside"][piece.info.name].to(piece.weights, copy=True) for piece in self.space.slices
+            ]
         # Torch casts tensors in `state` to the weights' dtype, which would destroy these.
         for piece, store in zip(self.space.slices, self.space.stores, strict=True):
             if store.state is not None:
                 store.state.copy_(state_dict["beside"][piece.info.name])
+
+
+def _name_of(update: Update | None) -> str:
+    return "none" if update is None else type(update).__name__
 
 
 def _as_groups(params: Parameters) -> list[dict[str, Any]]:

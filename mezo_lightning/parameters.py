@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mezo_lightning.rounding import RoundingName, Store, fill_rounding_lanes, make_store
 from mezo_lightning.samplers import GOLDEN, Sampler, chunk_numel, mix64
-from mezo_lightning.steps import Point, Step
+from mezo_lightning.steps import DecayTowards, Point, Step
 
 _MASK64 = (1 << 64) - 1
 
@@ -153,6 +153,10 @@ class ParameterSpace:
         self.sampler = sampler
         self.step_number: Callable[[], int] = lambda: 0
         """Tells how many steps the run has made; whoever makes them sets it."""
+        self.decay_towards: DecayTowards = "zero"
+        """What weight decay is towards; whoever makes steps sets it, for the record."""
+        self.start: list[Tensor] | None = None
+        """Copies of all slices as they were before step 0, once there was one that decays towards them."""
         self._directions = sampler.bind(self.table)
         self.rounding: RoundingName = rounding
         self.stores: tuple[Store, ...] = tuple(make_store(piece.weights, rounding) for piece in self.slices)
@@ -225,17 +229,24 @@ class ParameterSpace:
                 self.slices[piece.slice].weights[piece.begin : piece.end] = values[piece.span]
 
     @torch.no_grad()
-    def perturb(self, piece: Slice, point: Point, out: Tensor) -> None:
-        """Write one slice's weights at ``point`` into ``out``, [numel] in their dtype; the slice is not changed."""
-        weights = piece.weights
-        for begin in range(0, len(piece), self._values.numel()):
-            source = weights[begin : begin + self._values.numel()]
-            target = out[begin : begin + source.numel()]
+    def perturb(self, piece: Slice, point: Point, out: Tensor, begin: int = 0) -> None:
+        """Write a slice's weights at ``point`` into ``out``; the slice is not changed.
+
+        Args:
+            piece: One of ``slices``.
+            point: Where.
+            out: [n] in the weights' dtype; receives elements [begin, begin + n) of the slice.
+            begin: See ``out``.
+        """
+        weights = piece.weights[begin : begin + out.numel()]
+        for at in range(0, out.numel(), self._values.numel()):
+            source = weights[at : at + self._values.numel()]
+            target = out[at : at + source.numel()]
             # fp32 sums are made where they are wanted: one more copy of all weights is felt at small batches.
             values = target if out.dtype == torch.float32 else self._values[: source.numel()].copy_(source)
             start = source if values is target else values
             for seed, coefficient in point.terms:
-                direction = self._fill(self._direction[: source.numel()], seed, piece.start + begin)
+                direction = self._fill(self._direction[: source.numel()], seed, piece.start + begin + at)
                 start = torch.add(start, direction, alpha=coefficient, out=values)
             if start is not target:
                 target.copy_(start)
@@ -261,7 +272,21 @@ class ParameterSpace:
 
     @torch.no_grad()
     def apply(self, steps: Sequence[Step]) -> None:
-        """Apply updates to the weights, in order; the same bits whether they come one by one or all at once."""
+        """Apply updates to the weights, in order; the same bits whether they come one by one or all at once.
+
+        Step number 0 of a run that decays towards its start says what the start is: the weights as they are then.
+
+        Raises:
+            ValueError: If a later step needs the start, and it is not known.
+        """
+        anchored = [step for step in steps if step.decay_towards == "start"]
+        if anchored and anchored[0].number == 0:
+            self.start = self.save(self.start)
+        elif anchored and self.start is None:
+            raise ValueError(
+                f"step {anchored[0].number} decays towards the weights that the run started from, which are not known "
+                "here: begin with step 0, on the base weights"
+            )
         steps = [step for step in steps if not step.changes_nothing]
         for chunk in self._chunks if steps else ():
             for step in steps:
@@ -272,22 +297,44 @@ class ParameterSpace:
         for piece in chunk.pieces:
             weights = self.slices[piece.slice].weights[piece.begin : piece.end]
             self.stores[piece.slice].read(weights, piece.begin, values[piece.span])
-        for group, span in chunk.spans():
-            if step.decays[group] != 1.0:
-                values[span].mul_(step.decays[group])
+        moved = values
+        if step.decay_towards == "start":
+            moved = self._pull(step, chunk, values)
+        else:
+            for group, span in chunk.spans():
+                if step.decays[group] != 1.0:
+                    values[span].mul_(step.decays[group])
         for seed, coefficients in step.terms:
             if not any(coefficients):
                 continue
             direction = self._directions.fill(self._direction[: chunk.numel], seed, chunk.start, step.number)
             for group, span in chunk.spans():
                 if coefficients[group]:  # adding 0 * z would turn -0.0 into +0.0
-                    values[span].add_(direction[span], alpha=coefficients[group])
+                    moved[span].add_(direction[span], alpha=coefficients[group])
+        if moved is not values:
+            values.add_(moved)
         lanes = self._lanes[: chunk.numel]
         if self._rounds:
             fill_rounding_lanes(lanes, self.rounding, step.number, chunk.start)
         for piece in chunk.pieces:
             weights = self.slices[piece.slice].weights[piece.begin : piece.end]
             self.stores[piece.slice].write(weights, piece.begin, values[piece.span], lanes[piece.span])
+
+    def _pull(self, step: Step, chunk: _Chunk, values: Tensor) -> Tensor:
+        """By how much decay moves ``values`` towards the start; it is added to them together with the terms.
+
+        By itself it is often less than half of a weight's last bit, and would be lost at every step.
+        """
+        assert self.start is not None
+        moves = torch.empty_like(values)
+        for piece in chunk.pieces:
+            rate = 1.0 - step.decays[piece.group]
+            if rate:
+                start = self.start[piece.slice][piece.begin : piece.end]
+                torch.sub(values[piece.span], start, out=moves[piece.span]).mul_(-rate)
+            else:
+                moves[piece.span] = -0.0  # adding that changes no number, adding 0.0 would change -0.0
+        return moves
 
     @property
     def _rounds(self) -> bool:

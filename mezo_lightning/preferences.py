@@ -22,6 +22,7 @@ from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import Estimator
 from mezo_lightning.evaluators import Compare, Preferences, Samples
 from mezo_lightning.generation import Generate
+from mezo_lightning.models.quantised import warn_of_small_epsilon
 from mezo_lightning.objectives import BoundObjective, Objective, complaint, unmeasured
 from mezo_lightning.probes import Probe
 from mezo_lightning.rewarding.log import Tally
@@ -32,7 +33,7 @@ from mezo_lightning.samplers import derive_seed
 from mezo_lightning.startup import fp32_by_default
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM, Pretrained
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,9 @@ class PreferenceObjective(Objective):
     patience: float = 600.0
     """seconds to wait where a remote oracle answers nothing any more, before the run ends"""
     win_rate: bool = False
-    """at validations after the first step, ask the oracle to compare what the model writes with what it wrote before,
-    one question for each row that has changed, and log the share that is better now; else validation only writes"""
+    """at validations, ask the oracle to compare what the model writes with what it wrote before the first step, one
+    question for each row that has changed, and log the share that is better now, ties as half: 0.5 before the first
+    step; else validation only writes"""
 
     def __post_init__(self) -> None:
         """Refuse oracles that cannot be found or called, before any model is loaded."""
@@ -79,12 +81,13 @@ class PreferenceObjective(Objective):
         return Oracle(self.oracle, self.on_failure, cache=self.cache, patience=self.patience)
 
 
-def check_estimator(objective: Objective, estimator: Estimator) -> None:
-    """Refuse an estimator that needs values, where there are only comparisons.
+def check_estimator(estimator: Estimator, objective: Objective, pretrained: Pretrained) -> None:
+    """Refuse an estimator that needs values, where there are only comparisons; warn of one that hardly moves its model.
 
     Args:
+        estimator: Makes estimates of the objective.
         objective: What is minimised, or compared.
-        estimator: Makes estimates of it.
+        pretrained: What is tuned.
 
     Raises:
         ValueError: If they do not go together.
@@ -94,6 +97,8 @@ def check_estimator(objective: Objective, estimator: Estimator) -> None:
             f"estimator={type(estimator).__name__} needs a value at each point, and a PreferenceObjective only "
             "compares points: use `estimator: Comparison`, or a RewardObjective where there are scores"
         )
+    if pretrained.quantization is not None:
+        warn_of_small_epsilon(estimator.epsilon)
 
 
 class BoundPreference(BoundObjective):
@@ -112,6 +117,7 @@ class BoundPreference(BoundObjective):
         self._win_rate = win_rate
         self._before: dict[tuple[int, str], str] = {}
         """What the model wrote before the first step, by row and prompt."""
+        self._resumed = False  # from here on, step 0 may be that of a tuned model
         self._warned = False
 
     def lacks(self, batch: Batch) -> str | None:
@@ -135,9 +141,8 @@ class BoundPreference(BoundObjective):
         if not self._win_rate or probe.round is not None:
             return samples
         rows = list(zip(batch.index, batch.prompts, strict=True))
-        if probe.step == 0:
+        if probe.step == 0 and not self._resumed:
             self._before |= dict(zip(rows, samples.completions or (), strict=True))
-            return samples
         if not self._before.keys() >= set(rows):
             self._warn()
             return samples
@@ -153,7 +158,18 @@ class BoundPreference(BoundObjective):
     def _warn(self) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("no win rate is measured: this process has not seen what was written before the first step")
+            log.warning(
+                "no win rate is measured: what the model wrote to these rows before the first step is not known; "
+                "trainer.num_sanity_val_steps=-1 has it written down"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was written before the first step."""
+        return {"before": self._before} if self._before else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._before = dict(state.get("before", {}))
+        self._resumed = True
 
     @torch.inference_mode()
     def complete(self, batch: Batch, *, seed: int) -> Samples:

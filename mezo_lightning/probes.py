@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from mezo_lightning.data.batch import Batch
 from mezo_lightning.evaluators import Samples
 from mezo_lightning.processes.ranks import Alone, Ranks
+from mezo_lightning.rowwise.points import running
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,19 @@ class Probe:
     texts: bool = True
     """Whether all ranks have to know the completions; else a hash of each will do."""
 
-    def mine(self, batch: Batch) -> Batch:
-        """This rank's rows; there may be none."""
-        return batch.select(self.ranks.share(len(batch)))
+    def each(self, batch: Batch, run: Callable[[Batch], T]) -> list[T]:
+        """Run the model on this rank's rows, a micro-batch at a time, each with its place in the batch declared.
 
-    def parts(self, batch: Batch) -> list[Batch]:
-        """This rank's rows in micro-batches."""
-        mine = self.mine(batch)
-        return mine.split(self.micro_batch_size) if len(mine) else []
+        Args:
+            batch: All rows.
+            run: Runs the model on a micro-batch.
+        """
+        mine, results = self.ranks.share(len(batch)), []
+        for part in batch.select(mine).split(self.micro_batch_size) if len(mine) else []:
+            places, mine = mine[: len(part)], mine[len(part) :]
+            with running(places):
+                results.append(run(part))
+        return results
 
     def collect(self, batch: Batch, measure: Callable[[Batch], Samples]) -> Samples:
         """Measure a batch, each rank its rows.
@@ -47,7 +56,7 @@ class Probe:
         """
 
         def measured() -> Samples | None:
-            samples = [measure(part) for part in self.parts(batch)]
+            samples = self.each(batch, measure)
             return Samples.concatenate(samples) if samples else None
 
         return self.ranks.collect(measured, texts=self.texts)

@@ -23,7 +23,7 @@ from mezo_lightning import estimators
 from mezo_lightning.completers import ChooseOption
 from mezo_lightning.encoding import Encoding
 from mezo_lightning.generation import Generate
-from mezo_lightning.models import Pretrained
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.objectives import CrossEntropy, RewardObjective
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.preferences import PreferenceObjective
@@ -128,6 +128,8 @@ class RunLog:
             steps: How many steps the weights have made.
             rewind: Forget the steps that come after these, instead of keeping them to be repeated.
         """
+        # An update that remembers has to see estimates, of which the log has only the steps.
+        rewind = rewind or optimizer.update is not None
         tails = self._ranks.gather(lambda: self._on_rank_zero(lambda: self._open(header, steps, rewind)))
         self._tail = tails[0] or ()
         optimizer.trajectory = self._trajectory

@@ -115,15 +115,17 @@ class _Workspace:
         self.temp = torch.empty(words, dtype=torch.int64, device=device)
         self.lanes = torch.empty(chunk_numel(device), dtype=torch.int32, device=device)
         self._offsets = torch.empty_like(self.counters)
-        self._increment: int | None = None
+        self._multiplied: tuple[int, int] = (0, 0)
 
-    def offsets(self, increment: int) -> Tensor:
-        """Counters times increment, which all chunks of a direction share."""
-        if increment != self._increment:
-            self._increment = None  # an interrupt in between must not leave one with the other's name
-            torch.mul(self.counters, _signed(increment), out=self._offsets)
-            self._increment = increment
-        return self._offsets
+    def offsets(self, increment: int, count: int) -> Tensor:
+        """The first so many counters times increment, which all chunks of a direction share."""
+        known, multiplied = self._multiplied
+        begin = multiplied if known == increment else 0
+        if begin < count:
+            self._multiplied = (0, 0)  # an interrupt in between must not leave one with the other's name
+            torch.mul(self.counters[begin:count], _signed(increment), out=self._offsets[begin:count])
+            self._multiplied = (increment, count)
+        return self._offsets[:count]
 
 
 class _Workspaces(threading.local):
@@ -154,7 +156,7 @@ def fill_lanes(out: Tensor, seed: int, start: int) -> Tensor:
     block, skip = divmod(start, 4)
     count = (skip + out.numel() + 3) // 4
     words = workspace.words[:count]
-    torch.add(workspace.offsets(increment)[:count], _signed(key + block * increment), out=words)
+    torch.add(workspace.offsets(increment, count), _signed(key + block * increment), out=words)
     mix64(words, workspace.temp[:count])
     return out.copy_(words.view(torch.uint16)[skip : skip + out.numel()])
 
@@ -198,6 +200,11 @@ class Directions(ABC):
 class Sampler(ABC):
     """A distribution of directions, unit variance in every coordinate that is tuned."""
 
+    @property
+    def same_at_every_step(self) -> bool:
+        """Whether a seed gives the same direction at later steps, so that it may be applied again."""
+        return False
+
     @abstractmethod
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
         """Set to work on a parameter table."""
@@ -205,6 +212,10 @@ class Sampler(ABC):
 
 class LaneSampler(Sampler, Directions):
     """A sampler that turns each 16-bit lane into one element; neither table nor step have a say."""
+
+    @property
+    def same_at_every_step(self) -> bool:
+        return True
 
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
         return self

@@ -25,7 +25,7 @@ from mezo_lightning.steps import Point
 
 if TYPE_CHECKING:
     from mezo_lightning.data.batch import Batch
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM
     from mezo_lightning.objectives import BoundObjective
     from mezo_lightning.sharding.placement import Placement
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mezo_lightning.samplers import SIGNIFICANT_BITS
 
 if TYPE_CHECKING:
     from mezo_lightning.evaluators import Evaluation
+
+DecayTowards = Literal["zero", "start"]
 
 _LARGEST_EXPONENT = 100  # |c| < 2^100, and |c| < 2^-100 becomes 0: products stay normal fp32 numbers
 
@@ -79,13 +81,16 @@ class Step:
     """One update of the weights, with a coefficient and a decay for each parameter group.
 
     ``theta_k <- decays[k] * theta_k + sum_i terms[i][1][k] * z(terms[i][0])`` for the parameters of group k, in fp32,
-    in the order of the terms. A step without terms changes nothing.
+    in the order of the terms. A step without terms changes nothing. Where decay is towards the start, the first summand
+    is ``theta_k - (1 - decays[k]) * (theta_k - start_k)``.
     """
 
     terms: tuple[tuple[int, tuple[float, ...]], ...] = ()
     decays: tuple[float, ...] = ()
     number: int = field(default=0, compare=False)
     """How many steps the run made before this one; it decides on the random bits of rounding."""
+    decay_towards: DecayTowards = "zero"
+    """Zero, or the ``start``: the weights before step number 0."""
 
     @property
     def changes_nothing(self) -> bool:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from mezo_lightning.flipout import Flipout
+from mezo_lightning.layout import Layout
 from mezo_lightning.samplers import SIGNIFICANT_BITS, Directions, Gaussian, Rademacher, Sampler, derive_seed
 
 if TYPE_CHECKING:
@@ -24,26 +25,6 @@ if TYPE_CHECKING:
 
 _LEFT, _CORE, _RIGHT, _BLOCKS = range(4)  # what keys are for
 _GRID = 64.0  # factors are multiples of 1/64: fp64 sums of their products are then exact, in any order
-
-
-class _Layout:
-    """Where parameters lie in the flat vector."""
-
-    def __init__(self, table: Sequence[ParameterInfo]):
-        self._table = table
-        self._starts = [info.start for info in table]
-
-    def at(self, position: int) -> ParameterInfo:
-        """The parameter that a position belongs to."""
-        return self._table[bisect_right(self._starts, position) - 1]
-
-    def runs(self, start: int, stop: int) -> Iterator[tuple[ParameterInfo, int, int]]:
-        """The parameters that positions [start, stop) run through, and from where to where in each."""
-        while start < stop:
-            info = self.at(start)
-            end = min(stop, info.start + info.numel)
-            yield info, start - info.start, end - info.start
-            start = end
 
 
 @dataclass(frozen=True)
@@ -88,12 +69,16 @@ class LowRank(Sampler):
                 "refresh_right to 0, or core to 'diagonal' or 'dense'"
             )
 
+    @property
+    def same_at_every_step(self) -> bool:
+        return not self.refresh_left and not self.refresh_right
+
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
-        return _LowRankDirections(self, _Layout(table))
+        return _LowRankDirections(self, Layout(table))
 
 
 class _LowRankDirections(Directions):
-    def __init__(self, config: LowRank, layout: _Layout):
+    def __init__(self, config: LowRank, layout: Layout):
         self._config = config
         self._layout = layout
         self._base = Gaussian()
@@ -178,7 +163,7 @@ class Subset(Sampler):
 class _SubsetDirections(Directions):
     def __init__(self, config: Subset, table: Sequence[ParameterInfo]):
         self._config = config
-        self._layout = _Layout(table)
+        self._layout = Layout(table)
         self._inner = config.sampler.bind(table)
         found = {info.start: re.search(config.blocks, info.name) for info in table}
         self._block_of = {start: match.group() for start, match in found.items() if match}
@@ -225,7 +210,7 @@ def _significant(values: Tensor) -> Tensor:
 
 # -- on record ---------------------------------------------------------------------------------------------------------
 
-_SAMPLERS: dict[str, type[Sampler]] = {kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset)}
+_SAMPLERS: dict[str, type[Sampler]] = {kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset, Flipout)}
 
 
 def sampler_as_dict(sampler: Sampler) -> dict[str, Any]:

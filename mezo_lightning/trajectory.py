@@ -2,7 +2,8 @@
 
 A file is a header and then one record a step, 32 bytes for one query and one parameter group, 40 for two groups::
 
-    header   b"MEZOTRAJ", version u16, length u32, JSON (parameter table, groups, sampler, rounding, base), crc32
+    header   b"MEZOTRAJ", version u16, length u32, JSON (parameter table, groups, sampler, rounding, base, what weight
+             decay is towards unless that is zero), crc32
     record   step u32, terms u16, groups u16, crc32 of these;
              groups x decay f32, terms x (seed u64, groups x coefficient f32), crc32 of all before
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from mezo_lightning.parameters import ParameterInfo, ParameterSpace, whole_shape
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Sampler
-from mezo_lightning.steps import Step
+from mezo_lightning.steps import DecayTowards, Step
 from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 
 MAGIC = b"MEZOTRAJ"
@@ -54,6 +55,8 @@ class Header:
     """A hash of the base weights, so that another model of the same shape is refused."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Where the base weights come from, as far as the run knows."""
+    decay_towards: DecayTowards = "zero"
+    """What weight decay is towards."""
 
     @classmethod
     def of(cls, space: ParameterSpace, base: Mapping[str, Any] | None = None, fingerprint: int | None = None) -> Header:
@@ -72,6 +75,7 @@ class Header:
             tuple(dtypes[info.name] for info in space.table),
             space.fingerprint() if fingerprint is None else fingerprint,
             dict(base or {}),
+            space.decay_towards,
         )
 
     @property
@@ -81,7 +85,10 @@ class Header:
 
     def to_json(self) -> bytes:
         """The header as it is written."""
-        return json.dumps(dataclasses.asdict(self)).encode()
+        record = dataclasses.asdict(self)
+        if self.decay_towards == "zero":
+            del record["decay_towards"]  # such runs have the header that they always had
+        return json.dumps(record).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> Header:
@@ -169,7 +176,8 @@ class Trajectory:
     def __getitem__(self, number: int) -> Step:
         number = range(len(self))[number]
         self._file.seek(self._offsets[number])
-        return _unpack(self._file.read(self._offsets[number + 1] - self._offsets[number]))
+        record = self._file.read(self._offsets[number + 1] - self._offsets[number])
+        return _unpack(record, self.header.decay_towards)
 
     def append(self, step: Step) -> None:
         """Write a step; it is in the operating system's hands when this returns."""
@@ -267,14 +275,14 @@ def _pack(number: int, step: Step) -> bytes:
     return record + _CRC.pack(zlib.crc32(record))
 
 
-def _unpack(record: bytes) -> Step:
+def _unpack(record: bytes, decay_towards: DecayTowards) -> Step:
     number, terms, groups = _HEAD.unpack_from(record)
     at = _HEAD.size + _CRC.size
     decays = struct.unpack_from(f"<{groups}f", record, at)
     term = struct.Struct(f"<Q{groups}f")
     at += 4 * groups
     unpacked = [term.unpack_from(record, at + i * term.size) for i in range(terms)]
-    return Step(tuple((seed, tuple(coefficients)) for seed, *coefficients in unpacked), decays, number)
+    return Step(tuple((seed, tuple(coefficients)) for seed, *coefficients in unpacked), decays, number, decay_towards)
 
 
 def _read_header(file: BinaryIO, path: Path) -> Header:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+from rewards._references import best_scores
+
 
 @dataclass(frozen=True, eq=False)
 class TorchMetric:
@@ -43,16 +45,7 @@ class TorchMetric:
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
         """One score for each completion, higher is better."""
-        if self.references not in columns:
-            raise ValueError(f"TorchMetric(references={self.references!r}): no such column among {sorted(columns)}.")
-        references = columns[self.references]
-        return [self._best(*pair) for pair in zip(completions, references, strict=True)]
-
-    def _best(self, completion: str, references: str | Sequence[str]) -> float:
-        targets = [references] if isinstance(references, str) else references
-        if len(targets) == 0:
-            raise ValueError(f"TorchMetric: column {self.references!r} has a row without any reference.")
-        return max(self._score(completion, target) for target in targets)
+        return best_scores("TorchMetric", self._score, completions, columns, self.references)
 
     def _score(self, completion: str, target: str) -> float:
         self._metric.reset()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+from rewards._references import best_scores
+
 
 @dataclass(frozen=True)
 class Rouge:
@@ -44,17 +46,10 @@ class Rouge:
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
         """One score in [0, 1] for each completion."""
-        if self.references not in columns:
-            raise ValueError(f"Rouge(references={self.references!r}): no such column; there are {sorted(columns)}.")
-        references = columns[self.references]
-        return [self._score(*pair) for pair in zip(completions, references, strict=True)]
+        return best_scores("Rouge", self._score, completions, columns, self.references)
 
-    def _score(self, completion: str, references: str | Sequence[str]) -> float:
-        targets = [references] if isinstance(references, str) else references
-        scores = [self._scorer.score(target, completion)[self.kind] for target in targets]
-        return max((self._pick(score) for score in scores), default=0.0)
-
-    def _pick(self, score: Any) -> float:
+    def _score(self, completion: str, reference: str) -> float:
+        score = self._scorer.score(reference, completion)[self.kind]
         return {"fmeasure": score.fmeasure, "precision": score.precision, "recall": score.recall}[self.measure]
 
     @cached_property

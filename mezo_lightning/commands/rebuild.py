@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mezo_lightning.resuming  # noqa: F401  (tells torch what may be in a checkpoint)
 from mezo_lightning.folders import new_folder
-from mezo_lightning.models import Pretrained, export
+from mezo_lightning.models.pretrained import Pretrained, export
 from mezo_lightning.parameters import ParameterInfo, ParameterSpace, Slice
 from mezo_lightning.sharding.shard_files import ShardFiles, weights_folder
 from mezo_lightning.sharding.streaming import Advance, Base, first_names, progress_bar, read_into, write_model
@@ -26,7 +26,7 @@ from mezo_lightning.steps import Step
 from mezo_lightning.trajectory import Header, Trajectory, replay
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM
 
 _MODEL = "model."  # before the names of the Hugging Face model's weights in a checkpoint
 _PIECE = 1 << 20  # elements that are tuned at once: what rounding keeps beside them is not needed after that

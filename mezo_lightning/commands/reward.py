@@ -28,7 +28,7 @@ from mezo_lightning.data.rendering import Template
 from mezo_lightning.data.rows import Row, read_rows
 from mezo_lightning.encoding import Encoding
 from mezo_lightning.generation import Generate
-from mezo_lightning.models import Pretrained
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.reporting.outcome import number
 from mezo_lightning.reporting.records import RunRecords, SampleRecord
 from mezo_lightning.rewarding.arguments import Rows

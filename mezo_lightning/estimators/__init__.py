@@ -9,12 +9,14 @@ from mezo_lightning.estimators.central import CentralDifference
 from mezo_lightning.estimators.comparison import Comparison
 from mezo_lightning.estimators.fzoo import FZOO
 from mezo_lightning.estimators.greedy import GreedyDirection
+from mezo_lightning.estimators.grzo import GRZO
 from mezo_lightning.estimators.guided import GuidingVector
 from mezo_lightning.estimators.one_sided import ForwardDifference
 from mezo_lightning.estimators.population import Population
 
 __all__ = [
     "FZOO",
+    "GRZO",
     "CentralDifference",
     "Comparison",
     "Estimator",

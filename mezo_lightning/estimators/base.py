@@ -14,6 +14,9 @@ from mezo_lightning.steps import GradientEstimate, Point
 class Estimator(ABC):
     """A rule that turns values of the objective at chosen points into a gradient estimate."""
 
+    epsilon: float
+    """How far from the weights the objective is probed."""
+
     @property
     def needs_values(self) -> bool:
         """Whether it needs a value at each point; False where it is enough to know which of two points is better."""

@@ -15,7 +15,8 @@ from typing import Literal
 from mezo_lightning.reporting.records import RunInfo, StepRecord, ValidationRecord
 
 # The figure that a run is judged by: the first of these that was recorded. True: more is better.
-HEADLINE_METRICS = {"reward": True, "accuracy": True, "objective": False, "loss": False}
+HEADLINE_METRICS = {"reward": True, "win_rate": True, "accuracy": True, "objective": False, "loss": False}
+_SHARES = ("reward", "win_rate", "accuracy")  # where they are: a reward may have any range
 FLAT_ADVICE = (
     "What may help: a larger epsilon, sampled completions (temperature > 0), a larger batch or more queries, "
     "a prompt on which the model's answers already vary, a reward with degrees instead of right or wrong, "
@@ -60,7 +61,7 @@ def judge(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord], 
         after=after,
         notes=(
             *(info.notes if info else ()),
-            *_step_notes(steps),
+            *_step_notes(steps, bool(measured)),
             *_validation_notes(metric, maximise, label, measured, before),
         ),
     )
@@ -86,6 +87,11 @@ def training_value(step: StepRecord, metric: str) -> float:
     if metric == "objective" and step.objective:
         return fmean(step.objective.values())
     return math.nan
+
+
+def compares(steps: Sequence[StepRecord]) -> bool:
+    """Whether samples were compared with one another, by an oracle, and have no values."""
+    return any("preference" in step.metrics for step in steps)
 
 
 def is_flat(step: StepRecord) -> bool:
@@ -114,6 +120,8 @@ def number(value: float) -> str:
 def _label(metric: str | None, steps: Sequence[StepRecord], validations: Sequence[ValidationRecord]) -> str:
     last = (validations or steps)[-1].metrics if (validations or steps) else {}
     parts = [name for name in last if name.startswith("rewards/") and name.count("/") == 1]
+    if metric == "win_rate":
+        return "win rate against the start"
     if metric == "reward" and len(parts) == 1 and last[parts[0]] == last.get("reward"):
         name = parts[0].removeprefix("rewards/").replace("_", " ")
         return name.upper() if len(name) <= 3 else name
@@ -138,10 +146,14 @@ def _verdict(
 
 
 def resolution(metric: str, one: ValidationRecord, other: ValidationRecord) -> float:
-    """The smallest difference between two validations that is taken for more than chance."""
+    """The smallest difference between two validations that is taken for more than chance.
+
+    A win rate of 0.5 at the start is no estimate; but were the model no better now, each vote would be a coin's, whose
+    variance is that of p = 0.5, and less with ties.
+    """
     values = (one.metrics[metric], other.metrics[metric])
     rows = min((record.rows for record in (one, other) if record.rows), default=0)
-    if metric in ("reward", "accuracy") and rows and all(0 <= value <= 1 for value in values):
+    if metric in _SHARES and rows and all(0 <= value <= 1 for value in values):
         return 2 * math.sqrt(max(max(value * (1 - value) for value in values), 1 / rows) / rows)
     return 0.005 * max(abs(value) for value in values)
 
@@ -179,7 +191,7 @@ def _why_nothing(steps: Sequence[StepRecord]) -> str:
     return f"{tied} every pair of probes tied, so the weights never moved"
 
 
-def _step_notes(steps: Sequence[StepRecord]) -> list[str]:
+def _step_notes(steps: Sequence[StepRecord], measured: bool) -> list[str]:
     notes = []
     skipped = Counter(step.skipped for step in steps if step.skipped is not None)
     taken = [step for step in steps if step.skipped is None]
@@ -187,6 +199,11 @@ def _step_notes(steps: Sequence[StepRecord]) -> list[str]:
     if skipped:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5))
         notes.append(f"{sum(skipped.values())} of {_count(len(steps), 'step')} skipped: {reasons}.")
+    if compares(steps) and not measured:
+        notes.append(
+            "A vote says which of two probes is better, and nothing of the model as it is: win_rate: true in the "
+            "PreferenceObjective has the oracle compare it at validations with what it was before."
+        )
     if flat >= 0.2 * len(steps) and flat:
         notes.append(flat_note(flat, len(steps)))
     valid = _mean([step.valid_fraction for step in taken])

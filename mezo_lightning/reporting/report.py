@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mezo_lightning.reporting import figures
-from mezo_lightning.reporting.outcome import Outcome, is_flat, judge, number
+from mezo_lightning.reporting.outcome import Outcome, compares, is_flat, judge, number, training_value
 from mezo_lightning.reporting.records import RunInfo, RunRecords, SampleRecord, StepRecord, ValidationRecord
 from mezo_lightning.reporting.redaction import redact
 
@@ -59,6 +59,13 @@ class SamplePair:
     score_before: str
     score_now: str
     direction: Literal["up", "down", "same"]
+
+    @property
+    def better(self) -> str:
+        """Which of the two completions was found better, where scores are win rates."""
+        if self.now is None or self.score_now == "none":
+            return "none"
+        return {"up": "now", "down": "before", "same": "tie"}[self.direction]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -129,7 +136,7 @@ def size(count: float) -> str:
 def _pair(first: SampleRecord, last: SampleRecord, metric: str | None) -> SamplePair:
     name = "reward" if "reward" in first.metrics else metric or ""
     was, now = first.metrics.get(name, math.nan), last.metrics.get(name, math.nan)
-    scored = math.isfinite(was) and math.isfinite(now) and name in ("reward", "accuracy")
+    scored = math.isfinite(was) and math.isfinite(now) and name in ("reward", "win_rate", "accuracy")
     return SamplePair(
         prompt=first.prompt,
         before=first.completion,
@@ -150,14 +157,19 @@ def _tiles(folder: Path, steps: Sequence[StepRecord], outcome: Outcome, info: Ru
         was, now = (number(v.metrics[outcome.metric]) if v else "?" for v in (outcome.before, outcome.after))
         rows = (outcome.after or outcome.before or ValidationRecord(0, 0, {})).rows
         caption = f"mean over {rows:,} held-out rows" if rows else "mean over the held-out rows"
+        caption += "; a tie counts half" if outcome.metric == "win_rate" else ""
         tiles.append(Tile(f"Held-out {outcome.label}", f"{was} → {now}", caption))
     skipped = sum(step.skipped is not None for step in steps)
     planned = info.planned_steps if info else None
     done = steps[-1].step if steps else 0
     of = f" of {planned:,}" if planned and planned != done else ""
     tiles.append(Tile("Steps", f"{done:,}{of}", f"{skipped} skipped" if skipped else "none skipped"))
-    probes = sum(len(step.objective) for step in steps)
-    tiles.append(Tile("Probes", f"{probes:,}", "of one batch each; no backward pass"))
+    if compares(steps):
+        asked = sum(step.calls.get("asked", 0.0) for step in steps)
+        tiles.append(Tile("Comparisons", f"{asked:,.0f}", "asked for in training; equal texts tie unasked"))
+    else:
+        probes = sum(len(step.objective) for step in steps)
+        tiles.append(Tile("Probes", f"{probes:,}", "of one batch each; no backward pass"))
     if info is not None:
         speed = f"{median(s.probes_per_second for s in steps):.3g} probes a second" if steps else ""
         tiles.append(Tile("Wall time", duration(info.wall_seconds), speed))
@@ -172,6 +184,8 @@ def _charts(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord]
     shown = {outcome.metric: outcome.label} if outcome.metric else {}
     if outcome.metric == "accuracy":
         shown["objective"] = "objective"  # what was minimised to get there
+    if any("kl" in record.metrics for record in (*steps, *validations)):
+        shown["kl"] = "KL divergence from the base model"
     for metric, label in shown.items():
         charts.append(_curve(steps, validations, metric, label))
     if steps:
@@ -181,9 +195,12 @@ def _charts(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord]
 
 def _curve(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord], metric: str, label: str) -> Chart:
     wide, narrow = (figures.curve(steps, validations, metric, width=w, height=h) for w, h in ((1000, 340), (380, 280)))
+    keys = [("--accent", "line", "held-out rows")]
+    if any(math.isfinite(training_value(step, metric)) for step in steps):
+        keys.append(("--train", "line", "training batches, running mean"))
     return Chart(
         title=f"{label[0].upper()}{label[1:]} over the steps",
-        keys=(("--accent", "line", "held-out rows"), ("--train", "line", "training batches, running mean")),
+        keys=tuple(keys),
         caption="",
         wide=Markup(wide),
         narrow=Markup(narrow),
@@ -197,11 +214,11 @@ def _histogram(steps: Sequence[StepRecord]) -> Chart | None:
         return None
     zero = sum(value == 0 for value in values)
     drawing = Markup(figures.gradient_histogram(steps, width=480, height=280))
-    caption = (
-        "How fast the objective changes along a random direction: (at +epsilon, less at -epsilon) / 2 epsilon. "
-        f"{len(values):,} values, {zero:,} of them exactly 0; the outer bars hold all beyond the 99th percentile."
-    )
-    return Chart("Projected gradients", (), caption, drawing, drawing)
+    what = "How fast the objective changes along a random direction: (at +epsilon, less at -epsilon) / 2 epsilon."
+    if compares(steps):
+        what = "The mean vote along a random direction: -1 where all prefer what was written at +epsilon."
+    shown = f"{len(values):,} values, {zero:,} of them exactly 0; the outer bars hold all beyond the 99th percentile."
+    return Chart("Projected gradients", (), f"{what} {shown}", drawing, drawing)
 
 
 def _ties(steps: Sequence[StepRecord]) -> Chart:
@@ -213,7 +230,7 @@ def _ties(steps: Sequence[StepRecord]) -> Chart:
         keys.append(("--warn", "tick", "skipped step"))
     if any(is_flat(step) for step in steps):
         keys.append(("--muted", "tick", "step where all pairs tie"))
-    caption = "A sample that has the same value at both probes of a pair says nothing about the direction."
+    caption = "A sample that is as good at both probes of a pair says nothing about the direction."
     return Chart("How much the probes could tell", tuple(keys), caption, drawing, drawing)
 
 

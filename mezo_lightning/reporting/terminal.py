@@ -57,15 +57,19 @@ def sample_table(pairs: Sequence[SamplePair], title: str) -> Table:
         table.add_column("before" if twice else "completion", ratio=3, overflow="fold")
     if completed and twice:
         table.add_column("now", ratio=3, overflow="fold")
-    table.add_column("score", no_wrap=True, justify="right")
+    scored = any(pair.score_before != "none" for pair in pairs)  # votes are no scores
+    if scored:
+        table.add_column("score", no_wrap=True, justify="right")
     for pair in pairs:
         row = [Text(visible(prompt_tail(pair.prompt, _PROMPT_TAIL)))]
         if completed:
             row.append(Text(visible(pair.before)))
         if completed and twice:
             row.append(Text(visible(pair.now or ""), style="bold" if pair.now != pair.before else ""))
-        score = pair.score_before if pair.now is None else f"{pair.score_before} > {pair.score_now}"
-        table.add_row(*row, Text(score, style=_COLOURS[pair.direction]))
+        if scored:
+            score = pair.score_before if pair.now is None else f"{pair.score_before} > {pair.score_now}"
+            row.append(Text(score, style=_COLOURS[pair.direction]))
+        table.add_row(*row)
     return table
 
 

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from mezo_lightning.models import Pretrained, adapter_config, check_dtype
+from mezo_lightning.models.adapters import adapter_config
+from mezo_lightning.models.kinds import auto_class_of
+from mezo_lightning.models.pretrained import Pretrained, check_dtype
 from mezo_lightning.parameters import Shard
 from mezo_lightning.sharding.pretrained_files import PretrainedFiles, base_folder
 from mezo_lightning.sharding.weight_files import WeightFiles
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM
+    from mezo_lightning.models.pretrained import CausalLM
     from mezo_lightning.sharding.zero3 import Sharded
 
 _CHUNK = 1 << 20  # elements that are read at once
@@ -89,13 +91,14 @@ def empty_model(pretrained: Pretrained, dtype: torch.dtype, folder: Path) -> Pre
     """
     check_dtype(dtype)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=pretrained.trust_remote_code)
-    if config.to_dict().get("quantization_config") is not None:
+    if pretrained.quantization is not None or config.to_dict().get("quantization_config") is not None:
         raise ValueError(
-            f"name={pretrained.name!r} holds quantised weights, which cannot be perturbed; use a checkpoint with dense "
-            "weights"
+            f"name={pretrained.name!r} has quantised weights, which cannot be read piece by piece. Use one with dense "
+            "weights, or --trainer.strategy replicated"
         )
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=pretrained.trust_remote_code)
+        opened_by = auto_class_of(pretrained.kind, pretrained.name, config)
+        model = opened_by.from_config(config, dtype=dtype, trust_remote_code=pretrained.trust_remote_code)
     model.name_or_path = config.name_or_path = pretrained.locate()[0]
     model.generation_config = _generation_config(folder)
     kept = _kept_in_fp32(model, dtype)

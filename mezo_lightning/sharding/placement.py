@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mezo_lightning.evaluators import Copy, Evaluator
+from mezo_lightning.flipout import Flipout
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.parameters import ParameterSpace, whole_shape
 from mezo_lightning.processes.ranks import Alone, Ranks
+from mezo_lightning.rowwise.evaluator import Rowwise
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM, Pretrained
+    from mezo_lightning.models.pretrained import CausalLM, Pretrained
 
 
 class Placement(ABC):
@@ -94,6 +96,11 @@ class Whole(Placement):
     def evaluator(
         self, model: nn.Module, space: ParameterSpace, *, copies: bool, min_valid_fraction: float
     ) -> Evaluator:
+        enough = min_valid_fraction
         if copies:
-            return Copy(space, min_valid_fraction=min_valid_fraction)
-        return LeafScratch(model, space, min_valid_fraction=min_valid_fraction)
+            plain: Evaluator = Copy(space, min_valid_fraction=enough)
+        else:
+            plain = LeafScratch(model, space, min_valid_fraction=enough)
+        if isinstance(space.sampler, Flipout):
+            return Rowwise(model, space, plain, min_valid_fraction=enough)
+        return plain

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from mezo_lightning.models import PICKLES, Pretrained
+from mezo_lightning.models.pretrained import PICKLES, Pretrained
 from mezo_lightning.sharding.weight_files import WeightFiles
 
 _WEIGHTS = "model.safetensors"

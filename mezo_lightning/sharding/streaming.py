@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mezo_lightning.models import Pretrained
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.sharding.loading import empty_model
 from mezo_lightning.sharding.pretrained_files import PretrainedFiles, base_folder
 from mezo_lightning.sharding.weight_files import WeightFiles

@@ -33,7 +33,7 @@ from mezo_lightning.sharding.placement import Placement
 from mezo_lightning.steps import Point
 
 if TYPE_CHECKING:
-    from mezo_lightning.models import CausalLM, Pretrained
+    from mezo_lightning.models.pretrained import CausalLM, Pretrained
 
 log = logging.getLogger(__name__)
 

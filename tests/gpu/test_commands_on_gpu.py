@@ -12,7 +12,7 @@ from gpu_helpers import DEVICE, NEEDS_CUDA, same
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mezo_lightning.models import Pretrained
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.reporting.records import RunRecords
 from mezo_lightning.trajectory import Trajectory
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from reward_examples import default_dtype
 
 from mezo_lightning import MeZO, MeZOModule
-from mezo_lightning.models import Pretrained
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.steps import round_coefficient
 
 LR = 1e-3

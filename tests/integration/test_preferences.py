@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,18 +98,20 @@ def count_vowels(completions: Sequence[str]) -> list[float]:
 
 
 def test_a_run_that_is_resumed_is_the_run_that_was_not(tmp_path: Path, opt: Path, rows: Path):
-    def run(folder: Path, steps: int, ckpt: Path | None = None) -> MeZOModule:
+    def run(folder: Path, steps: int, ckpt: Path | None = None) -> tuple[MeZOModule, float]:
         saver = ModelCheckpoint(folder / "ckpt", "{step}", save_top_k=-1, every_n_train_steps=3)
-        tuned = module(opt, queries=2)
-        trainer = trainer_of(folder, steps, callbacks=[saver], enable_checkpointing=True)
+        tuned = module(opt, queries=2, win_rate=True)
+        validating = {"num_sanity_val_steps": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+        trainer = trainer_of(folder, steps, callbacks=[saver], enable_checkpointing=True, **validating)
         trainer.fit(tuned, data_of(rows), ckpt_path=ckpt and str(ckpt), weights_only=False)
-        return tuned
+        return tuned, float(trainer.callback_metrics["val/win_rate"])
 
-    whole = run(tmp_path / "whole", 6)
+    whole, rate = run(tmp_path / "whole", 6)
     run(tmp_path / "parts", 3)
-    resumed = run(tmp_path / "parts", 6, tmp_path / "parts/ckpt/step=3.ckpt")
+    resumed, its_rate = run(tmp_path / "parts", 6, tmp_path / "parts/ckpt/step=3.ckpt")
     assert_same(weights(model_of(resumed)), weights(model_of(whole)))
     assert steps_taken(tmp_path / "parts") == steps_taken(tmp_path / "whole")
+    assert its_rate == rate != 0.5, "what was written before the first step is in the checkpoint"
 
 
 class Flaky:
@@ -181,9 +184,15 @@ def test_from_yaml(tmp_path: Path, opt: Path, rows: Path, command: Command):
     assert [record.step for record in records] == [1, 2, 3, 4]
     assert all(0 <= record.metrics["preference/asked"] <= 1 for record in records)
     rates = [validation.metrics.get("win_rate") for validation in RunRecords(tmp_path / "run").validations()]
-    assert rates[0] is None, "there is nothing to compare with yet"
-    assert all(0 <= rate <= 1 for rate in rates[1:])
+    assert rates[0] == 0.5, "nothing has changed yet"
+    assert all(rate is not None and 0 <= rate <= 1 for rate in rates)
     assert len(rates) == 3
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"preference", "tie_fraction", "val/win_rate"} <= {*header}
+    assert not [name for name in header if name.startswith("objective/")], "points have no values where votes count"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "win rate against the start" in page
+    assert "nan" not in re.sub(r"<[^>]*>", "", page).lower().split()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mezo_lightning.models import DTYPES, Pretrained
+from mezo_lightning.models.pretrained import DTYPES, Pretrained
 from mezo_lightning.sharding.loading import empty_model, load_sharded
 
 KINDS = ("opt", "gpt2", "llama")

@@ -26,7 +26,7 @@ from transformers import (
 from mezo_lightning import Header, Pretrained, Trajectory, replay
 from mezo_lightning.commands import rebuild
 from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
-from mezo_lightning.models import export
+from mezo_lightning.models.pretrained import export
 from mezo_lightning.parameters import ParameterSpace, Shard
 from mezo_lightning.samplers import Gaussian, Rademacher
 from mezo_lightning.sharding import streaming

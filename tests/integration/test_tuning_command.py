@@ -10,7 +10,7 @@ from helpers import assert_same, data_of, model_of, module_of, weights, write_co
 
 from mezo_lightning.cli import MeZOCLI
 from mezo_lightning.data import PromptDataModule
-from mezo_lightning.models import Pretrained
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.module import MeZOModule
 from mezo_lightning.tuning.measuring import count_probes
 from mezo_lightning.tuning.trainer import TuningTrainer

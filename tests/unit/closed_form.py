@@ -6,24 +6,39 @@ import torch
 from torch import Tensor
 
 from mezo_lightning.evaluators import Evaluation, Samples
-from mezo_lightning.samplers import LaneSampler
+from mezo_lightning.parameters import ParameterInfo
+from mezo_lightning.rowwise.points import RowPoint, row_seed
+from mezo_lightning.samplers import Sampler
 from mezo_lightning.steps import GradientEstimate, Point
 
 
 class ClosedForm:
-    """A function of theta + sum of c z, in fp64 throughout: exact up to rounding errors of fp64."""
+    """A function of theta + sum of c z, in fp64 throughout: exact up to rounding errors of fp64.
 
-    def __init__(self, sampler: LaneSampler, theta: Tensor, function: Callable[[Tensor], Tensor]):
-        self.sampler = sampler
+    Theta is one vector, or the parameters of ``table``. A point with a direction for each row has ``rows`` of them.
+    """
+
+    rows = 6
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        theta: Tensor,
+        function: Callable[[Tensor], Tensor],
+        table: Sequence[ParameterInfo] | None = None,
+    ):
         self.theta = theta
         self.function = function
+        self.number = 0  # of the step
         self.rounds: list[Sequence[Point]] = []
-        self._known: dict[int, Tensor] = {}
+        self._directions = sampler.bind(table or [ParameterInfo("x", tuple(theta.shape), 0, 0)])
+        self._known: dict[tuple[int, int], Tensor] = {}
 
     def direction(self, seed: int) -> Tensor:
-        if seed not in self._known:
-            self._known[seed] = self.sampler.fill(torch.empty(self.theta.numel()), seed, 0).double()
-        return self._known[seed]
+        key = seed, self.number
+        if key not in self._known:
+            self._known[key] = self._directions.fill(torch.empty(self.theta.numel()), seed, 0, self.number).double()
+        return self._known[key]
 
     def dense(self, estimate: GradientEstimate) -> Tensor:
         """The gradient estimate as the vector that it stands for."""
@@ -34,15 +49,19 @@ class ClosedForm:
         self.rounds.append(points)
         samples = []
         for point in points:
-            x = self.theta + sum((c * self.direction(seed) for seed, c in point.terms), torch.zeros(1))
-            samples.append(Samples.of(self.function(x)))
+            if isinstance(point, RowPoint):
+                of_rows = [((row_seed(point.seed, row), point.coefficient),) for row in range(self.rows)]
+            else:
+                of_rows = [point.terms]
+            places = [self.theta + sum((c * self.direction(seed) for seed, c in terms), 0) for terms in of_rows]
+            samples.append(Samples.of(torch.stack([self.function(place) for place in places])))
         return Evaluation.of(points, samples, 0.5)
 
 
 class Quadratic(ClosedForm):
     """1/2 x^T A x + b^T x, convex."""
 
-    def __init__(self, sampler: LaneSampler, count: int = 40):
+    def __init__(self, sampler: Sampler, count: int = 40):
         generator = torch.Generator().manual_seed(0)
         root = torch.randn(count, count, generator=generator, dtype=torch.float64)
         self.a = root @ root.T / count

@@ -26,8 +26,6 @@ from mezo_lightning.measurements import step_record
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.samplers import Gaussian, LaneSampler, Rademacher, Sampler, derive_seed
 from mezo_lightning.steps import Point
-from mezo_lightning.structured import LowRank
-from mezo_lightning.trajectory import Header, Trajectory, replay
 from mezo_lightning.transforms import Chain, Clip, Sign, Standardize
 
 EPSILON = 2.0**-7  # has few bits: no rounding of coefficients stands between us and the published algorithms
@@ -270,19 +268,6 @@ def test_raw_antithetic_members_would_be_mezo():
     assert ratios == pytest.approx([ratios[0]] * 4)
 
 
-@each
-def test_it_descends(name: str):
-    estimator = CASES[name][0]
-    quadratic = Quadratic(Gaussian(), count=30)
-    solution = torch.linalg.solve(quadratic.a + 1e-12 * torch.eye(30), -quadratic.b)
-    lowest = float(quadratic.function(solution))
-    start = float(quadratic.function(quadratic.theta)) - lowest
-    lr = {"ranked es": 0.3, "fzoo": 0.1, "es": 0.1}.get(name, 1e-2)
-    for step in range(120):
-        quadratic.theta = quadratic.theta - lr * quadratic.dense(estimator.estimate(quadratic, seed=step))
-    assert float(quadratic.function(quadratic.theta)) - lowest < 0.6 * start
-
-
 # -- values that say nothing ------------------------------------------------------------------------------------------
 
 
@@ -394,25 +379,6 @@ def test_lr_0_leaves_no_trace(name: str, dtype: torch.dtype):
     assert sum(estimate.skipped is None for estimate in estimates) > 5
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.data.view(torch.uint8), old)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "sampler"), [(torch.float32, Rademacher()), (torch.bfloat16, LowRank(refresh_right=2))], ids=str
-)
-@each
-def test_a_replay_gives_the_same_bits(name: str, dtype: torch.dtype, sampler: Sampler, tmp_path):
-    model, optimizer = build(dtype, sampler=sampler)
-    base = copy.deepcopy(model)
-    with Trajectory.create(tmp_path / "trajectory.bin", Header.of(optimizer.space)) as trajectory:
-        optimizer.trajectory = trajectory
-        evaluate = Copy(optimizer.space)(lambda: losses(model, torch.arange(9), torch.arange(9)))
-        for step in range(6):
-            optimizer.step(estimate=CASES[name][0].estimate(evaluate, seed=step))
-    assert not torch.equal(model.head.weight, base.head.weight)
-    with Trajectory.open(tmp_path / "trajectory.bin") as trajectory:
-        replay(base, trajectory)
-    for parameter, other in zip(model.parameters(), base.parameters(), strict=True):
-        assert torch.equal(parameter.data, other.data)
 
 
 @each

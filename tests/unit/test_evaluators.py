@@ -295,9 +295,33 @@ def test_parameters_that_no_forward_uses_are_refused_by_leaf_scratch():
 
 def test_leaf_scratch_needs_no_copy_of_the_model():
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(50, 50) for _ in range(20)))
+    model = nn.Sequential(*(nn.Linear(50, 50) for _ in range(20)), *(nn.LayerNorm(50) for _ in range(20)))
     leaf = LeafScratch(model, MeZO(model.named_parameters()).space)
-    assert leaf._scratch.numel() == 4 * (50 * 50 + 50)
+    assert leaf._scratch.numel() == 4 * 2 * 50
+    assert leaf._block.numel() == 4 * 50 * 50
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_layer_of_several_blocks_is_that_of_a_copy(bias: bool, dtype: torch.dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(1000, 1201, bias=bias).to(dtype)
+    optimizer = MeZO(model.named_parameters())
+    x = torch.randn(2, 3, 1000).to(dtype)
+    seen: list[Tensor] = []
+
+    def objective() -> Tensor:
+        seen.append(model(x))
+        return seen[-1].float().mean((1, 2))
+
+    copy, leaf = evaluators(model, optimizer)
+    assert leaf._block.numel() < 1000 * 1201 * dtype.itemsize / 2
+    copy(objective)(POINTS)
+    leaf(objective)(POINTS)
+    for expected, found in zip(seen[: len(POINTS)], seen[len(POINTS) :], strict=True):
+        # Products of blocks may be summed in another order, no more.
+        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        assert found.shape == (2, 3, 1201)
 
 
 # -- masking -----------------------------------------------------------------------------------------------------------

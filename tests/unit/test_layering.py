@@ -21,7 +21,11 @@ TORCH_ONLY = [
     "transforms",
     "optimizer",
     "structured",
+    "layout",
+    "flipout",
+    "rowwise",
     "trajectory",
+    "updates",
 ]
 PACKAGE = ROOT / "mezo_lightning"
 CORE = sorted(

@@ -14,6 +14,7 @@ from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import CentralDifference, Comparison
 from mezo_lightning.evaluators import Samples
 from mezo_lightning.generation import Generate
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.objectives import CrossEntropy, RewardObjective
 from mezo_lightning.preferences import PreferenceObjective, check_estimator, comparison
 from mezo_lightning.probes import Probe
@@ -227,13 +228,13 @@ def test_settings_of_rewards_serve_oracles_too():
 
 
 def test_estimators_and_objectives_that_do_not_fit_are_refused():
-    preference = PreferenceObjective(longer)
-    check_estimator(preference, Comparison())
+    preference, base = PreferenceObjective(longer), Pretrained("embedded/opt-stories")
+    check_estimator(Comparison(), preference, base)
     for objective in (CrossEntropy(), RewardObjective("rewards.squad.f1")):
-        check_estimator(objective, Comparison())
-        check_estimator(objective, CentralDifference())
+        check_estimator(Comparison(), objective, base)
+        check_estimator(CentralDifference(), objective, base)
     with pytest.raises(ValueError, match="use `estimator: Comparison`"):
-        check_estimator(preference, CentralDifference())
+        check_estimator(CentralDifference(), preference, base)
 
 
 def test_only_comparisons_compare(bound, make_model, tokenizer):
@@ -257,8 +258,9 @@ def test_the_win_rate_is_against_what_was_written_before_the_first_step(make_mod
     objective = PreferenceObjective(longer, Generate(max_new_tokens=8), win_rate=True)
     bound = objective.bind(model, tokenizer, Encoding())
     first = bound.measure(make_batch(), seed=1, probe=Probe(step=0))
-    assert "win_rate" not in first.metrics
+    assert first.metrics["win_rate"].tolist() == [0.5] * 4
     assert bound.measure(make_batch(), seed=1, probe=Probe(step=1)).metrics["win_rate"].tolist() == [0.5] * 4
+    assert not bound.take_tally().calls(), "nobody is asked about two completions that are the same"
     with torch.no_grad():
         model.get_input_embeddings().weight += 0.2 * torch.randn(320, 32, generator=torch.Generator().manual_seed(0))
     later = bound.measure(make_batch(), seed=1, probe=Probe(step=5))
@@ -267,6 +269,16 @@ def test_the_win_rate_is_against_what_was_written_before_the_first_step(make_mod
     assert later.metrics["win_rate"].tolist() == expected
     assert "win_rate" not in bound.measure(make_batch(), seed=1, probe=Probe(step=5, round=0)).metrics
     resumed = objective.bind(model, tokenizer, Encoding())
-    with caplog.at_level(logging.WARNING):
-        assert "win_rate" not in resumed.measure(make_batch(), seed=1, probe=Probe(step=5)).metrics
-    assert "no win rate is measured" in caplog.text
+    resumed.load_state_dict(bound.state_dict())
+    assert resumed.measure(make_batch(), seed=1, probe=Probe(step=5)).metrics["win_rate"].tolist() == expected
+
+
+def test_no_win_rate_is_measured_against_what_nobody_has_seen(make_model, tokenizer, make_batch, caplog):
+    objective = PreferenceObjective(longer, Generate(max_new_tokens=8), win_rate=True)
+    late, loaded = (objective.bind(make_model("opt"), tokenizer, Encoding()) for _ in range(2))
+    loaded.load_state_dict({})  # of a run without win_rate: what it is validated with are not the base's weights
+    for bound, step in ((late, 5), (loaded, 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert "win_rate" not in bound.measure(make_batch(), seed=1, probe=Probe(step=step)).metrics
+        assert "no win rate is measured" in caplog.text

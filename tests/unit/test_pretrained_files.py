@@ -18,7 +18,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from mezo_lightning.models import Pretrained
+from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.sharding.pretrained_files import PretrainedFiles, base_folder, safetensors_files
 
 INDEX = "model.safetensors.index.json"

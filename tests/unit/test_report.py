@@ -48,7 +48,18 @@ def losses(*values: float) -> list[ValidationRecord]:
     return [ValidationRecord(i * 10, 0.0, {"objective": v}, 100) for i, v in enumerate(values)]
 
 
+def vote(number: int) -> StepRecord:
+    """A step by comparison: points have no values."""
+    metrics = {"preference": 0.2, "preference/asked": 0.5, "preference/failed": 0.0}
+    return step(number, objective={}, projected_grads=[-0.2], metrics=metrics, calls={"asked": 8.0, "failed": 0.0})
+
+
+def win_rates(*values: float, rows: int = 100) -> list[ValidationRecord]:
+    return [ValidationRecord(i * 10, 0.0, {"win_rate": v}, rows) for i, v in enumerate(values)]
+
+
 STEPS = [step(i) for i in range(1, 21)]
+VOTES = [vote(i) for i in range(1, 21)]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +76,10 @@ STEPS = [step(i) for i in range(1, 21)]
         (STEPS, losses(2.0, 1.5), "better", "Held-out objective fell from 2.000 to 1.500."),
         (STEPS, losses(1.5, 2.0), "worse", "It got worse: held-out objective rose from 1.500 to 2.000."),
         (STEPS, losses(2.0, 1.995), "unchanged", "No measurable change"),
+        (VOTES, win_rates(0.5, 0.7, 0.8), "better", "Held-out win rate against the start rose from 0.500 to 0.800."),
+        (VOTES, win_rates(0.5, 0.3), "worse", "It got worse: held-out win rate against the start fell from 0.500"),
+        (VOTES, win_rates(0.5, 0.59), "unchanged", "No measurable change: held-out win rate against the start was"),
+        (VOTES, [], "unknown", "20 steps taken, and not measured on held-out rows since"),
         (STEPS, [], "unknown", "20 steps taken, and not measured on held-out rows since"),
         (STEPS, rewards(0.4), "unknown", "20 steps taken, and not measured on held-out rows since"),
         (
@@ -102,6 +117,7 @@ def test_a_change_counts_only_where_so_many_rows_can_tell():
     assert judge(STEPS, many).verdict == "better"
     assert resolution("reward", *many) == pytest.approx(2 * 0.5 / 2000**0.5)
     assert resolution("reward", *rewards(0.0, 0.0, rows=100)) > 0
+    assert resolution("win_rate", *win_rates(0.5, 1.0, rows=100)) == pytest.approx(0.1)  # two sd of 100 coins
 
 
 @pytest.mark.parametrize(
@@ -124,6 +140,8 @@ def test_a_change_counts_only_where_so_many_rows_can_tell():
         (STEPS, rewards(0.3, 0.9, 0.6), "Held-out F1 was best at step 10 (0.900) and ended at 0.600."),
         (STEPS, losses(2.0, 1.0, 1.5), "Held-out objective was best at step 10 (1.000) and ended at 1.500."),
         (STEPS, rewards(0.3, 0.9)[1:], "trainer.num_sanity_val_steps=-1"),
+        (VOTES, [], "win_rate: true in the PreferenceObjective"),
+        (VOTES, win_rates(0.5, 0.9, 0.6), "Held-out win rate against the start was best at step 10 (0.900)"),
     ],
 )
 def test_notes_say_what_to_know(steps, validations, words):
@@ -133,6 +151,7 @@ def test_notes_say_what_to_know(steps, validations, words):
 
 def test_a_clean_run_has_no_notes():
     assert judge(STEPS, rewards(0.3, 0.6, 0.9)).notes == ()
+    assert judge(VOTES, win_rates(0.5, 0.7, 0.9)).notes == ()
 
 
 def test_the_run_is_judged_by_its_reward_and_named_after_its_only_component():
@@ -251,6 +270,8 @@ def read(path: Path) -> tuple[str, Page]:
         ([step(1)], []),
         ([], rewards(0.3)),
         ([], []),
+        (VOTES, win_rates(0.5, 0.9)),
+        (VOTES, []),
         ([flat(i) for i in range(1, 30)], rewards(0.3, 0.3)),
         ([skipped(i) for i in range(1, 30)], rewards(0.3, 0.3)),
         ([step(i, metrics={"accuracy": 0.5}, identical_fraction=None) for i in range(1, 9)], losses(2.0, 1.0)),
@@ -297,6 +318,41 @@ def test_the_page_shows_what_a_person_wants_to_know(tmp_path):
     ):  # fmt: skip
         assert words in page.text, words
     assert "abcdef" not in text
+
+
+def test_a_run_by_votes_is_shown_in_votes(tmp_path):
+    rates = ((0, 0.5), (1, 1.0), (2, 0.0), (3, 0.5), (4, float("nan")))
+    samples = [
+        SampleRecord(s, i, f"prompt {i}", f"text {s}", {"win_rate": rate if s else 0.5})
+        for i, rate in rates
+        for s in (0, 20)
+    ]
+    _, page = read(write_report(run_folder(tmp_path, VOTES, win_rates(0.5, 0.75, 0.9), samples=samples)))
+    for words in ("Win rate against the start", "0.500 → 0.900", "Comparisons", "160", "a tie counts half", "-1 where"):
+        assert words in page.text, words
+    assert "Probes" not in page.text
+    assert "running mean" not in page.text, "training has no win rate"
+    assert [row.better for row in sample_pairs(samples, "win_rate")] == ["tie", "now", "before", "tie", "none"]
+    cells = [dict(attributes).get("data-name") for tag, attributes in page.tags if tag == "td"]
+    assert cells.count("Better") == 5
+    assert "Score" not in cells
+
+
+def test_samples_without_scores_have_no_column_for_them(tmp_path):
+    samples = [SampleRecord(s, 0, "prompt", f"text {s}", {}) for s in (0, 20)]
+    _, page = read(write_report(run_folder(tmp_path, VOTES, [], samples=samples)))
+    assert "text 20" in page.text
+    assert "Score" not in page.text
+    assert "none →" not in page.text
+
+
+def test_the_divergence_from_the_base_is_drawn_beside_the_reward(tmp_path):
+    steps = [step(i, metrics={"reward": 0.4, "kl": 0.01 * i}) for i in range(1, 21)]
+    validations = [replace(one, metrics={**one.metrics, "kl": 0.1}) for one in rewards(0.3, 0.9)]
+    _, page = read(write_report(run_folder(tmp_path, steps, validations)))
+    titles = [dict(attributes).get("aria-label") for tag, attributes in page.tags if tag == "div"]
+    assert {"F1 over the steps", "KL divergence from the base model over the steps"} <= set(titles)
+    assert judge(steps, validations).label == "F1"
 
 
 def test_where_nothing_is_completed_the_table_has_scores_only(tmp_path):

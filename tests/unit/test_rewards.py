@@ -77,6 +77,8 @@ def test_rouge_refuses_bad_settings_and_missing_columns() -> None:
         Rouge("rougeX")
     with pytest.raises(ValueError, match="no such column; there are \\['text'\\]"):
         Rouge(references="summary")(["a"], text=["a"])
+    with pytest.raises(ValueError, match="Rouge: column 'text' has a row without any reference"):
+        Rouge(references="text")(["a", "b"], text=["a", []])
 
 
 def test_rouge_refuses_the_old_package_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,14 @@
 """Low-rank directions and subsets of layers: exact, the same for every cut, and what the papers' equations say."""
 
-import math
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mezo_lightning import CentralDifference, Copy, Gaussian, LeafScratch, LowRank, MeZO, Rademacher, Samples, Subset
+from mezo_lightning import Gaussian, LowRank, Rademacher, Subset
 from mezo_lightning.parameters import ParameterInfo
 from mezo_lightning.samplers import Sampler, derive_seed
-from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
-from mezo_lightning.trajectory import Header, Trajectory, replay
 
 SHAPES = {
     "embed.weight": (11, 6), "layers.0.w": (7, 5), "layers.0.b": (7,), "layers.1.w": (64, 48), "layers.1.b": (64,),
@@ -25,12 +20,6 @@ LOW_RANK = {
     "subzero": LowRank(3, core="dense", refresh_left=2, refresh_right=2),
     "tezo": LowRank(5, core="diagonal", refresh_left=None, refresh_right=None),
 }
-SUBSETS = {
-    "random": Subset(fraction=0.4),
-    "cyclic": Subset(order="cyclic"),
-    "low rank": Subset(LOW_RANK["lozo"], order="cyclic"),
-}
-SAMPLERS: dict[str, Sampler] = {**LOW_RANK, **SUBSETS}
 
 
 def table_of(shapes: dict[str, tuple[int, ...]]) -> list[ParameterInfo]:
@@ -53,98 +42,6 @@ def z(sampler: Sampler, seed: int = 1, number: int = 0, table: list[ParameterInf
 def of(name: str, direction: Tensor, table: list[ParameterInfo] = TABLE) -> Tensor:
     info = next(info for info in table if info.name == name)
     return direction[info.start : info.start + info.numel].view(info.shape)
-
-
-# -- properties of any sampler -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_any_cut_gives_the_same_bits(name: str):
-    whole, directions = z(SAMPLERS[name], 5, 4), SAMPLERS[name].bind(TABLE)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(10):
-        cuts = sorted({0, NUMEL, *torch.randint(1, NUMEL, (9,), generator=generator).tolist()})
-        parts = [directions.fill(torch.empty(b - a), 5, a, 4) for a, b in reversed(list(pairwise(cuts)))]
-        assert torch.equal(torch.cat(parts[::-1]), whole)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_rows_are_those_of_the_whole(name: str):
-    for info in TABLE[:2]:
-        rows = torch.tensor([3, 0, 6, 3])
-        width = info.shape[1]
-        found = SAMPLERS[name].bind(TABLE).rows(9, rows * width + info.start, width, 2)
-        assert torch.equal(found, of(info.name, z(SAMPLERS[name], 9, 2))[rows])
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_elements_keep_12_significant_bits(name: str):
-    mantissa, _ = torch.frexp(z(SAMPLERS[name]).double())
-    assert torch.equal(mantissa * 2**12, (mantissa * 2**12).round())
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_steps_are_replayed_from_the_log(name: str, tmp_path: Path):
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])})
-
-    tuned = model()
-    optimizer = MeZO(tuned.named_parameters(), lr=0.1, weight_decay=0.1, sampler=SAMPLERS[name])
-    with Trajectory.create(tmp_path / "t", Header.of(optimizer.space)) as optimizer.trajectory:
-        evaluate = Copy(optimizer.space)(lambda: sum(p.square().sum() for p in tuned.parameters()))
-        for step in range(7):
-            # A seed that comes again is another direction at another step, where the steps share nothing.
-            optimizer.step(estimate=CentralDifference(0.1, 2).estimate(evaluate, seed=step % 2))
-    again = model()
-    with Trajectory.open(tmp_path / "t") as trajectory:
-        assert trajectory.header.make_sampler() == SAMPLERS[name]
-        replay(again, trajectory)
-    for one, other, first in zip(tuned.parameters(), again.parameters(), model().parameters(), strict=True):
-        assert torch.equal(one, other)
-        assert not torch.equal(one, first)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_what_is_evaluated_is_what_is_applied(name: str):
-    """Module by module, and with a copy of the weights, at a step that is not the first."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(9, 4)
-            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-
-        def forward(self) -> Samples:
-            hidden = self.embed(torch.tensor([1, 8, 3, 1]))
-            return Samples.of(self.layers[1](self.layers[0](hidden)).square().sum(-1))
-
-    torch.manual_seed(1)
-    model = Model()
-    optimizer = MeZO(model.named_parameters(), lr=1.0, sampler=SAMPLERS[name])
-    optimizer.load_state_dict({**optimizer.state_dict(), "steps": 5})
-    estimator = CentralDifference(0.25)
-    estimates = [
-        estimator.estimate(evaluator(model), seed=3)
-        for evaluator in (Copy(optimizer.space), LeafScratch(model, optimizer.space))
-    ]
-    assert estimates[0].projected_grads == estimates[1].projected_grads
-    infos = optimizer.space.table
-    direction = SAMPLERS[name].bind(infos).fill(torch.empty(optimizer.space.numel), derive_seed(3, 0), 0, 5)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
-    optimizer.step(estimate=estimates[0])
-    after = torch.cat([p.detach().flatten() for p in model.parameters()])
-    step = (after - before).double()
-    along = direction.double()
-    assert float(step @ along / step.norm() / along.norm()) == pytest.approx(
-        math.copysign(1, -estimates[0].projected_grads[0])
-    )
-
-
-@pytest.mark.parametrize("name", [*SAMPLERS, "gaussian", "rademacher"])
-def test_settings_survive_their_record(name: str):
-    sampler = {"gaussian": Gaussian(), "rademacher": Rademacher(), **SAMPLERS}[name]
-    assert sampler_from_dict(sampler_as_dict(sampler)) == sampler
 
 
 # -- low rank ----------------------------------------------------------------------------------------------------------

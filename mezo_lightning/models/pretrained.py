@@ -3,11 +3,12 @@
 ``Pretrained`` names a model: a folder, an id on the Hub, or one of two that need no hub, ``embedded/opt-stories``
 (ships with this package) and ``smollm2`` (SmolLM2-135M-Instruct, a GGUF file from the package index). It loads dense
 weights of one dtype in eval mode, from safetensors or GGUF only: a ``.bin`` file is a pickle, which runs code when it
-is opened. An adapter is put on top with PEFT, initialised from a fixed seed and in the dtype of the base, so that a
-replay finds the very same starting point; PEFT by itself draws from the global generator and keeps adapters in fp32.
+is opened. On top of it may come an adapter (``adapters.py``), and the weights under that may be quantised
+(``quantised.py``).
 
-``export`` writes what ``AutoModelForCausalLM.from_pretrained`` opens: adapters merged, and models that came from GGUF
-made serialisable again (transformers refuses to save them although every weight is a plain tensor).
+``export`` writes what ``AutoModelForCausalLM.from_pretrained`` opens: adapters merged, quantised weights dense, and
+models that came from GGUF made serialisable again (transformers refuses to save them although every weight is a plain
+tensor). Virtual tokens, which nothing can be merged with, become a folder of PEFT's.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mezo_lightning.folders import new_folder
+from mezo_lightning.models.adapters import merged, with_adapter
+from mezo_lightning.models.kinds import Kind, adapter_for, auto_class
+from mezo_lightning.models.quantised import guard, quantisation_of, quantise, quantised_names
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     CausalLM: TypeAlias = PreTrainedModel | PeftModel
 
@@ -41,13 +43,11 @@ PICKLES = (
     "transformers, then save_pretrained"
 )
 """Why .bin files are not opened."""
-ADAPTER_SEED = 0
-"""Every adapter starts from the same draw, so that base + trajectory is enough to replay."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pre-trained causal language model and its tokenizer."""
+    """A pre-trained language model and its tokenizer."""
 
     name: str
     """a folder, a Hub id, embedded/opt-stories (ships with mezo-lightning) or smollm2 (see `make smollm2`)"""
@@ -61,27 +61,48 @@ class Pretrained:
     """a PEFT configuration, such as {peft_type: LORA, r: 8, target_modules: [q_proj, v_proj]}; the base is frozen"""
     trainable: str | None = None
     """regular expression for the names of the parameters to tune, such as bias; null: all (of the adapter, with one)"""
+    quantization: dict[str, Any] | None = None
+    """a transformers quantisation configuration, such as {quant_method: bitsandbytes, load_in_4bit: true}, for a base
+    that stays as it is under an adapter, or under the dense weights that trainable names"""
+    kind: Kind = "causal"
+    """causal: it writes on (OPT, Llama); masked: it fills in the [MASK] of its prompts (BERT, RoBERTa)"""
+
+    def __post_init__(self) -> None:
+        """Refuse to tune what cannot be perturbed."""
+        if self.quantization is not None and self.adapter is None and self.trainable is None:
+            raise ValueError(
+                "quantization: quantised weights cannot be perturbed; add an adapter, such as adapter: {peft_type: "
+                "LORA, r: 8}, or name the dense weights to tune with trainable"
+            )
 
     def load(self, dtype: torch.dtype = torch.float32) -> CausalLM:
-        """The model on the CPU, in eval mode, every weight dense and of one dtype.
+        """The model on the CPU, in eval mode, every weight of one dtype, unless it is quantised.
 
         Args:
             dtype: float32, bfloat16 or float16.
         """
         check_dtype(dtype)
+        quantization = None if self.quantization is None else quantisation_of(self.quantization, dtype)
         source, gguf_file = self.locate()
         options: dict[str, Any] = {"gguf_file": gguf_file, **_unpacked()} if gguf_file else {"use_safetensors": True}
         options |= {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        if quantization is not None and not gguf_file:
+            options |= {"quantization_config": quantization, "device_map": {"": "cpu"}}
         with torch.device("cpu"):  # Lightning's default is the run's, which transformers would take for a device map
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-        self.check_dense({p.dtype for p in model.parameters()}, dtype)
+            model = auto_class(self.kind, self.name, source, options).from_pretrained(source, dtype=dtype, **options)
+            if quantization is not None and gguf_file:
+                model = quantise(_serialisable(model), quantization)
+        codes = quantised_names(model) if quantization is not None else ()
+        self.check_dense({p.dtype for name, p in model.named_parameters() if name not in codes}, dtype)
+        if codes:
+            guard(model)
         return self.adapt(model)
 
     def adapt(self, model: PreTrainedModel) -> CausalLM:
         """The loaded model with the adapter on top, what is not to be tuned frozen, in eval mode."""
         adapted: CausalLM = model
         if self.adapter is not None:
-            adapted = _with_adapter(model, self.adapter)
+            adapted = with_adapter(model, adapter_for(self.kind, self.adapter))
         if self.trainable is not None:
             _freeze_others(adapted, self.trainable)
         return adapted.eval()
@@ -92,7 +113,7 @@ class Pretrained:
         if others:
             raise ValueError(
                 f"name={self.name!r} loads with weights of dtype {', '.join(others)} beside {dtype}: "
-                "quantised weights cannot be perturbed; use a checkpoint with dense weights, or train an adapter"
+                "quantised weights cannot be perturbed; use a checkpoint with dense weights"
             )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -138,16 +159,18 @@ def base_model(model: CausalLM) -> PreTrainedModel:
 def export(model: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` open.
 
-    The folder appears complete or not at all.
+    The folder appears complete or not at all. A prefix or a prompt cannot be merged into weights: the folder then holds
+    these alone and names their base, for ``peft.AutoPeftModelForCausalLM.from_pretrained``.
 
     Args:
-        model: The model; it is not changed. A PEFT adapter is merged on a copy.
+        model: The model; it is not changed. A PEFT adapter is merged on a copy, and quantised weights are made dense.
         tokenizer: Its tokenizer.
         folder: A folder that does not exist, or is empty.
     """
     folder = Path(folder)
     with new_folder(folder) as partial:
-        _serialisable(_merged(model)).save_pretrained(partial)
+        alone = merged(model)
+        (_serialisable(alone) if isinstance(alone, PreTrainedModel) else alone).save_pretrained(str(partial))
         tokenizer.save_pretrained(partial)
     return folder
 
@@ -190,73 +213,20 @@ def _unpacked() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def adapter_config(adapter: dict[str, Any]) -> PeftConfig:
-    """The PEFT configuration of an adapter.
-
-    Raises:
-        ValueError: If PEFT is missing, or it is none, or one that cannot be tuned.
-    """
-    try:
-        from peft import get_peft_config
-    except ImportError as error:
-        raise ValueError("adapter needs PEFT; install it with `pip install mezo-lightning[peft]`") from error
-    if "peft_type" not in adapter:
-        raise ValueError(f"adapter={adapter} names no peft_type; write for example peft_type: LORA")
-    try:
-        config = get_peft_config({"task_type": "CAUSAL_LM", "inference_mode": False, **adapter})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"adapter={adapter} is no PEFT configuration: {error}") from error
-    if config.is_prompt_learning:
-        # Padding comes to stand between the virtual tokens and the prompt, and PEFT has no position ids to undo it: a
-        # rotary model's answer to a prompt would depend on the batch.
-        raise ValueError(
-            f"adapter: peft_type {config.peft_type} adds virtual tokens; use one that adapts weights: LORA"
-        )
-    return config
-
-
-def _with_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
-    config = adapter_config(adapter)
-    from peft import get_peft_model
-
-    with _plain_tensors(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # between PEFT and transformers
-        torch.default_generator.manual_seed(ADAPTER_SEED)  # torch.manual_seed would reseed the GPUs too
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(model.dtype)
-    return cast("PeftModel", wrapped)
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """New tensors in fp32 on the CPU, so that an adapter starts alike under whatever defaults Lightning sets."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _freeze_others(model: CausalLM, pattern: str) -> None:
     try:
-        names = {name for name, p in model.named_parameters() if p.requires_grad and re.search(pattern, name)}
+        fitting = {name for name, _ in model.named_parameters() if re.search(pattern, name)}
     except re.error as error:
         raise ValueError(f"trainable={pattern!r} is no regular expression: {error}") from error
+    codes = sorted(fitting.intersection(quantised_names(model)))
+    if codes and isinstance(model, PreTrainedModel):
+        raise ValueError(f"trainable={pattern!r} fits {codes[0]!r}: quantised weights cannot be perturbed")
+    names = {name for name, p in model.named_parameters() if p.requires_grad and name in fitting}
     if not names:
         example = next(iter(name for name, p in model.named_parameters() if p.requires_grad))
         raise ValueError(f"trainable={pattern!r} fits no parameter's name; one is called {example!r}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-
-
-def _merged(model: CausalLM) -> PreTrainedModel:
-    if isinstance(model, PreTrainedModel):
-        return model
-    return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())  # pyright: ignore[reportCallIssue]
 
 
 def _serialisable(model: PreTrainedModel) -> PreTrainedModel:

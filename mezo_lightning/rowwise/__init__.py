@@ -1,0 +1,1 @@
+"""A direction for each row of a batch, in one forward of the whole batch."""

@@ -1,0 +1,399 @@
+"""What combines with what: one declared table of parts, the pairs that are refused, and runs of any combination.
+
+Five axes and the precision: which estimator, sampler, update, parameter space and evaluator. Whatever pair is not in
+``REFUSED`` is supported, and is part of one of ``COMBINATIONS`` at least, over which the properties of
+``unit/test_conformance.py`` run. A new part needs a line here, and a refusal where it does not go with another part.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from mezo_lightning.estimators import (
+    FZOO,
+    GRZO,
+    CentralDifference,
+    Comparison,
+    Estimator,
+    ForwardDifference,
+    GreedyDirection,
+    GuidingVector,
+    Population,
+)
+from mezo_lightning.evaluators import Copy, Evaluation, Evaluator
+from mezo_lightning.flipout import Flipout
+from mezo_lightning.leaf_scratch import LeafScratch
+from mezo_lightning.optimizer import MeZO
+from mezo_lightning.rounding import RoundingName
+from mezo_lightning.rowwise.evaluator import Rowwise
+from mezo_lightning.rowwise.points import RowPoint, row_seed
+from mezo_lightning.samplers import Gaussian, Rademacher, Sampler, derive_seed
+from mezo_lightning.steps import GradientEstimate, Point
+from mezo_lightning.structured import LowRank, Subset
+from mezo_lightning.updates import Momentum, ScalarAdam
+
+IDS = torch.tensor([0, 3, 1, 6, 2, 5])
+TARGETS = torch.tensor([4, 0, 2, 1, 5, 3])
+ROWS = len(IDS)
+EPSILON = 2.0**-4
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An estimator, and what its docstring says of it."""
+
+    estimator: Estimator
+    rounds: tuple[int, ...]
+    """Points in each round."""
+    directions: int
+    """Different directions in all of them."""
+    factor: float | None
+    """The mean estimate of a linear objective is the gradient times this; None: it points along the gradient."""
+    lr: float = 0.02
+    """A rate at which a small quadratic is descended."""
+    tie: Literal["zero", "skipped"] = "skipped"
+    """What becomes of a step whose probes all have the same value."""
+
+
+ESTIMATORS = {
+    "mezo": Rule(CentralDifference(EPSILON), (2,), 1, 1.0, tie="zero"),
+    "n-spsa": Rule(CentralDifference(EPSILON, 4), (8,), 4, 1.0, tie="zero"),
+    "forward": Rule(ForwardDifference(EPSILON, 2), (3,), 2, 1.0, tie="zero"),
+    "guided": Rule(GuidingVector(EPSILON, 4), (4, 2), 4, 2.10),
+    "greedy": Rule(GreedyDirection(EPSILON, 4), (4, 2), 4, 1.55),
+    "fzoo": Rule(FZOO(EPSILON, 4), (5,), 4, None, lr=0.1),
+    "es": Rule(Population(EPSILON, 6), (6,), 6, None, lr=0.1),
+    "ranked es": Rule(Population(EPSILON, 6, antithetic=True, fitness="centered_rank"), (6,), 3, None, lr=0.3),
+    "comparison": Rule(Comparison(EPSILON, 2), (4,), 2, None, lr=0.1, tie="zero"),
+    "grzo": Rule(GRZO(EPSILON), (2,), ROWS, None, lr=0.1),
+    "grzo, not normalised": Rule(GRZO(EPSILON, normalize=False), (2,), ROWS, 1.0, tie="zero"),
+}
+SAMPLERS: dict[str, Sampler] = {
+    "gaussian": Gaussian(),
+    "rademacher": Rademacher(),
+    "lozo": LowRank(1, refresh_left=0, refresh_right=2),
+    "eggroll": LowRank(2, refresh_left=0, refresh_right=0),
+    "tezo": LowRank(2, core="diagonal", refresh_left=None, refresh_right=None),
+    "subzero": LowRank(2, core="dense", refresh_left=2, refresh_right=2),
+    "lezo": Subset(fraction=0.5),
+    "bcd over lozo": Subset(LowRank(1, refresh_right=2), order="cyclic"),
+    "flipout": Flipout(),
+}
+SHARES = {"lezo": 0.5, "bcd over lozo": 0.5}
+"""How much of the time a layer is active, for samplers that leave some out; there are two layers."""
+UPDATES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weight decay": {"weight_decay": 0.25},
+    "decay towards the start": {"weight_decay": 0.25, "decay_towards": "start"},
+    "momentum": {"update": Momentum(0.5, window=2)},
+    "scalar adam": {"update": ScalarAdam(beta2=0.5)},
+    "scalar adam with momentum": {"update": ScalarAdam(0.5, 0.5, window=2), "weight_decay": 0.25},
+}
+"""Options of the optimizer."""
+EVALUATORS: dict[str, Callable[[nn.Module, MeZO], Evaluator]] = {
+    "copy": lambda model, optimizer: Copy(optimizer.space),
+    "leaf scratch": lambda model, optimizer: LeafScratch(model, optimizer.space),
+    "rowwise": lambda model, optimizer: Rowwise(model, optimizer.space, Copy(optimizer.space)),
+}
+PRECISIONS: dict[str, tuple[torch.dtype, RoundingName]] = {
+    "fp32": (torch.float32, "stochastic"),
+    "bf16": (torch.bfloat16, "stochastic"),
+    "bf16 compensated": (torch.bfloat16, "compensated"),
+    "fp16 master": (torch.float16, "master"),
+}
+
+
+# -- parameter spaces --------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """An embedding, two layers and a head, which may be the embedding's own weight."""
+
+    def __init__(self, head: Literal["own", "tied", "functional"] = "own"):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.layers = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 4)])
+        self.head = nn.Identity() if head == "functional" else nn.Linear(4, 7, bias=False)
+        if isinstance(self.head, nn.Linear) and head == "tied":
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x) if isinstance(self.head, nn.Linear) else F.linear(x, self.embed.weight)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm, self.head = nn.Embedding(7, 4), nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(ids[None]))[0][0])
+
+
+def with_adapters() -> nn.Module:
+    model: Any = Net()
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["layers.0", "layers.1"], init_lora_weights=False))
+    return tuned
+
+
+def biases_only() -> nn.Module:
+    model = Net()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith("bias")
+    return model
+
+
+def everything(model: nn.Module) -> Any:
+    return model.named_parameters()
+
+
+def two_groups(model: nn.Module) -> Any:
+    """Layers at a rate of their own, before what comes first in the model."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [item for item in named if "layers" in item[0]], "lr": 0.01},
+        {"params": [item for item in named if "layers" not in item[0]], "weight_decay": 0.5},
+    ]
+
+
+SPACES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
+    "full": (Net, everything),
+    "two groups": (Net, two_groups),
+    "biases": (biases_only, everything),
+    "lora": (with_adapters, everything),
+    "lstm": (Recurrent, everything),
+    "tied": (lambda: Net("tied"), everything),
+    "tied by a function": (lambda: Net("functional"), everything),
+}
+"""A model, and the parameters of it that the optimizer is given."""
+
+_CHANGING = ("lozo", "subzero", "lezo", "bcd over lozo", "flipout")
+_ROWWISE = ("grzo", "grzo, not normalised")
+REFUSED: dict[frozenset[str], str] = {
+    frozenset(
+        {"tied by a function", "leaf scratch"}
+    ): r"'embed.weight' is used outside of the forward.*evaluator: copy",
+    **{
+        frozenset({"lstm", sampler}): r"Subset\(blocks=.*\) is found in the name of no trainable parameter"
+        for sampler in ("lezo", "bcd over lozo")
+    },
+    **{
+        frozenset({update, sampler}): r"applies the directions of earlier steps again, .* use Gaussian"
+        for update in ("momentum", "scalar adam with momentum")
+        for sampler in _CHANGING
+    },
+    **{
+        frozenset({"decay towards the start", precision}): r"decay_towards='start' and rounding=.* only one may"
+        for precision in ("bf16 compensated", "fp16 master")
+    },
+    **{
+        frozenset({"rowwise", sampler}): "Rowwise needs the sampler Flipout"
+        for sampler in SAMPLERS
+        if sampler != "flipout"
+    },
+    **{
+        frozenset({rule, part}): "a direction for each row of the batch .GRZO., and this evaluator gives all rows"
+        for rule in _ROWWISE
+        for part in (*SAMPLERS, "copy", "leaf scratch")
+        if part != "flipout"
+    },
+    **{frozenset({rule, "lstm"}): "rows cannot have directions of their own there" for rule in _ROWWISE},
+}
+"""Pairs that cannot work, and what the error says."""
+IMPLIED = {
+    frozenset({part, update}) for part in (*_ROWWISE, "rowwise") for update in ("momentum", "scalar adam with momentum")
+}
+"""Pairs that cannot work because one of the two needs a third part that the other one refuses."""
+
+
+# -- combinations ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A name on each axis."""
+
+    estimator: str = "mezo"
+    sampler: str = "gaussian"
+    space: str = "full"
+    update: str = "plain"
+    precision: str = "fp32"
+    evaluator: str = "copy"
+
+    def __str__(self) -> str:
+        return " | ".join(asdict(self).values())
+
+
+AXES: dict[str, Mapping[str, Any]] = {
+    "estimator": ESTIMATORS,
+    "sampler": SAMPLERS,
+    "space": SPACES,
+    "update": UPDATES,
+    "precision": PRECISIONS,
+    "evaluator": EVALUATORS,
+}
+assert list(AXES) == [axis.name for axis in fields(Combination)]
+Choice = tuple[str, str]
+"""An axis and a name on it."""
+
+
+def choices(combination: Combination) -> Iterator[Choice]:
+    yield from asdict(combination).items()
+
+
+def pairs() -> list[tuple[Choice, Choice]]:
+    """Every pair of names on two axes."""
+    return [
+        ((first, one), (second, other))
+        for first, second in combinations(AXES, 2)
+        for one in AXES[first]
+        for other in AXES[second]
+    ]
+
+
+def completed(chosen: Mapping[str, str], gain: Callable[[Choice, Mapping[str, str]], int]) -> Combination | None:
+    """A combination with these parts; None where there is none.
+
+    Args:
+        chosen: A name on some of the axes.
+        gain: How welcome a choice is beside others; the most welcome one that leads to something is taken.
+    """
+    if len(chosen) == len(AXES):
+        return Combination(**chosen)
+    axis = next(axis for axis in AXES if axis not in chosen)
+    possible = [
+        name for name in AXES[axis] if not any(frozenset({name, other}) in REFUSED for other in chosen.values())
+    ]
+    for name in sorted(possible, key=lambda name: -gain((axis, name), chosen)):
+        found = completed({**chosen, axis: name}, gain)
+        if found is not None:
+            return found
+    return None
+
+
+def covering() -> list[Combination]:
+    """As few combinations as a greedy choice finds, such that every supported pair is in one of them."""
+    unsupported = REFUSED.keys() | IMPLIED
+    missing = {frozenset(pair): None for pair in pairs() if frozenset(name for _, name in pair) not in unsupported}
+    result = []
+    while missing:
+        found = completed(
+            dict(next(iter(missing))),
+            lambda choice, chosen: sum(frozenset({choice, other}) in missing for other in chosen.items()),
+        )
+        assert found is not None, next(iter(missing))
+        result.append(found)
+        for pair in combinations(choices(found), 2):
+            missing.pop(frozenset(pair), None)
+    return result
+
+
+COMBINATIONS = covering()
+
+
+def with_every_part() -> list[Combination]:
+    """A few of them, in which every part has its turn: for what does not depend on pairs."""
+    seen: set[Choice] = set()
+    result = []
+    for combination in COMBINATIONS:
+        if not seen.issuperset(choices(combination)):
+            seen.update(choices(combination))
+            result.append(combination)
+    return result
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run of a combination, at its start: the same weights for the same space and precision."""
+
+    of: Combination
+    lr: float = 0.05
+    points: list[tuple[Point, ...]] = field(default_factory=list)
+    """Every round that was asked for."""
+
+    def __post_init__(self) -> None:
+        make, parameters = SPACES[self.of.space]
+        dtype, rounding = PRECISIONS[self.of.precision]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            self.model = make().to(dtype)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.view(-1)[1] = -0.0
+        self.optimizer = MeZO(
+            parameters(self.model),
+            self.lr,
+            sampler=SAMPLERS[self.of.sampler],
+            rounding=rounding,
+            **UPDATES[self.of.update],
+        )
+        self.estimator = ESTIMATORS[self.of.estimator].estimator
+        self.objective: Callable[[], Any] = self.losses
+        self.evaluator = EVALUATORS[self.of.evaluator](self.model, self.optimizer)
+
+    def losses(self) -> Tensor:
+        """One a sample."""
+        return F.cross_entropy(self.model(IDS).float(), TARGETS, reduction="none")
+
+    def evaluate(self, points: Sequence[Point]) -> Evaluation:
+        self.points.append(tuple(points))
+        return self.evaluator(lambda: self.objective())(points)
+
+    def estimate(self) -> GradientEstimate:
+        """The estimate of the step that comes next."""
+        return self.estimator.estimate(self.evaluate, seed=derive_seed(3, self.optimizer.space.step_number()))
+
+    def take(self, steps: int) -> None:
+        """Make some steps."""
+        for _ in range(steps):
+            self.optimizer.step(estimate=self.estimate())
+
+    def saved(self) -> bytes:
+        """Weights and the optimizer's state, as a file."""
+        file = io.BytesIO()
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+        return file.getvalue()
+
+    def load(self, saved: bytes) -> None:
+        """Go on from there."""
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def tensors(self) -> list[Tensor]:
+        """The tuned parameters, flat, in the order of positions: views."""
+        return [piece.weights for piece in self.optimizer.space.slices]
+
+    def weights(self) -> list[Tensor]:
+        """A copy of them."""
+        return [tensor.clone() for tensor in self.tensors()]
+
+
+def seeds_of(point: Point) -> set[int]:
+    """Of the directions along which a point lies."""
+    if isinstance(point, RowPoint):
+        return {row_seed(point.seed, row) for row in range(ROWS)}
+    return {seed for seed, _ in point.terms}
+
+
+def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors have the same bytes; -0.0 is not 0.0."""
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(one, other, strict=True)
+    )

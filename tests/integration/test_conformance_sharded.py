@@ -1,0 +1,59 @@
+"""Two processes that share the weights out between them give the run of one, with every sampler and estimator.
+
+The job of two processes starts once for all cases, and so does that of one. How the weights are cut up, and 16-bit ones
+among them, is for ``test_sharded.py``.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance import ESTIMATORS, REFUSED, SAMPLERS
+from jobs import run_job, succeeded
+
+from mezo_lightning import MeZO
+
+LORA = {"adapter": {"peft_type": "LORA", "r": 3, "target_modules": ["q_proj", "v_proj"]}}
+SERVED = [name for name in ESTIMATORS if frozenset({name, "copy"}) not in REFUSED]
+CASES: dict[str, dict[str, Any]] = {
+    **{sampler: {"optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS[sampler])} for sampler in SAMPLERS},
+    **{estimator: {"estimator": ESTIMATORS[estimator].estimator} for estimator in SERVED},
+    "lora": {"pretrained": LORA},
+    "lora, lozo": {"pretrained": LORA, "optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS["lozo"])},
+    "lora, guided": {"pretrained": LORA, "estimator": ESTIMATORS["guided"].estimator},
+}
+STEPS = 3  # the factors of some samplers are drawn anew after the second one
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(opt: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every case on one process in two micro-batches, and on the two ranks of another job."""
+    common: dict[str, Any] = {
+        "model": opt,
+        "rows": rows,
+        "batch_size": 4,
+        "steps": STEPS,
+        "startup_checks": False,
+        "trainer_arguments": {"num_sanity_val_steps": 0, "limit_val_batches": 0},
+    }
+    found = []
+    for ranks, settings in ((1, {"strategy": "one", "micro_batch_size": 2}), (2, {"strategy": "layer"})):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        found += succeeded(run_job("fits", ranks, folder, common=common | settings, cases=CASES, run=folder))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_of_zero3_equal_one_process_bit_for_bit(runs: list[dict[str, Any]], case: str):
+    one, zero, other = (run[case] for run in runs)
+    assert len(one["steps"]) == STEPS
+    assert all(any(any(coefficients) for _, coefficients in terms) for terms, _ in one["steps"])
+    assert zero["steps"] == one["steps"]
+    assert one["digest"] == zero["digest"] == other["digest"]
+    assert one["fingerprint"] == zero["fingerprint"] == other["fingerprint"]
+    for name, (whole, _) in one["held"].items():
+        assert torch.equal(torch.cat([zero["held"][name][0], other["held"][name][0]]), whole), name
