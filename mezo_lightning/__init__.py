@@ -14,6 +14,7 @@ from mezo_lightning.estimators import (
     GRZO,
     CentralDifference,
     Comparison,
+    Cone,
     ForwardDifference,
     GreedyDirection,
     GuidingVector,
@@ -25,11 +26,12 @@ from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.rowwise.evaluator import Rowwise
 from mezo_lightning.samplers import Gaussian, Rademacher, derive_seed
+from mezo_lightning.scaled import Scaled
 from mezo_lightning.steps import GradientEstimate, Point, Step
 from mezo_lightning.structured import LowRank, Subset
 from mezo_lightning.trajectory import Header, Trajectory, replay
 from mezo_lightning.transforms import Chain, Clip, Identity, Sign, Standardize
-from mezo_lightning.updates import Momentum, ScalarAdam
+from mezo_lightning.updates import Momentum, ScalarAdam, Trail
 
 if TYPE_CHECKING:
     from mezo_lightning.completers import ChooseOption
@@ -63,6 +65,7 @@ __all__ = [
     "ChooseOption",
     "Clip",
     "Comparison",
+    "Cone",
     "Copy",
     "CrossEntropy",
     "Encoding",
@@ -91,10 +94,12 @@ __all__ = [
     "Rowwise",
     "Samples",
     "ScalarAdam",
+    "Scaled",
     "Sign",
     "Standardize",
     "Step",
     "Subset",
+    "Trail",
     "Trajectory",
     "derive_seed",
     "replay",

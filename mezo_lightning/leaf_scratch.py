@@ -8,7 +8,7 @@ served this way, and is refused rather than left unperturbed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeGuard
@@ -66,7 +66,7 @@ class LeafScratch(Evaluator):
         self._scratch_user: nn.Module | None = None
         self._blocks = {module: _rows_at_once(module, chunk_numel(space.device)) for module in self._linears}
         size = max((_nbytes([w]) // m.out_features * self._blocks[m] for m, (w, _) in self._linears.items()), default=0)
-        self._block = torch.empty(size, dtype=torch.uint8, device=space.device)
+        self._block = torch.empty(-(-size // 4) * 4, dtype=torch.uint8, device=space.device)
         self._masters: dict[int, tuple[Tensor, Tensor]] = {}
         self._users: Counter[int] = Counter()  # modules that are running, for each parameter: they may be nested
         self._unused = set(self._names.values())
@@ -74,10 +74,12 @@ class LeafScratch(Evaluator):
         self._point = Point()
 
     def visit(self, points: Sequence[Point]) -> Generator[Point, None, None]:
-        hooks = []
-        # Around all other hooks: those may compute from the weights, or change the output.
+        hooks, patched = [], []
+        # Around all other hooks: those may compute from the weights (not from those of linear layers), or change the
+        # output.
         for module in self._owners:
-            if _is_plain_linear(module) and module in self._linears:
+            if module in self._linears and _is_plain_linear(module):
+                patched.append(module)
                 module.forward = partial(self._linear, module)
             elif module in self._lookups:
                 hooks.append(module.register_forward_pre_hook(self._enter_lookup, prepend=True))
@@ -96,7 +98,7 @@ class LeafScratch(Evaluator):
             with uninterrupted():
                 for hook in hooks:
                     hook.remove()
-                for module in self._linears:
+                for module in patched:
                     vars(module).pop("forward", None)
                 self._release()
 
@@ -111,7 +113,7 @@ class LeafScratch(Evaluator):
     def _enter(self, module: nn.Module, args: Any) -> None:
         del args
         own = self._owners[module]
-        if module in self._leaves and self._scratch_user is None:
+        if module in self._leaves and module not in self._linears and self._scratch_user is None:
             self._scratch_user, scratch = module, self._scratch
         else:
             scratch = torch.empty(_nbytes(own), dtype=torch.uint8, device=self.space.device)
@@ -122,7 +124,7 @@ class LeafScratch(Evaluator):
             if not self._point.terms or id(parameter) in self._masters:
                 continue
             weights, scratch = scratch[: _nbytes([piece])].view(parameter.dtype), scratch[_nbytes([piece]) :]
-            self.space.perturb(piece, self._point, weights)
+            self.space.perturb(piece, self._point, weights[: len(piece)])
             self._masters[id(parameter)] = (parameter, parameter.data)
             parameter.data = weights[: len(piece)].view(parameter.shape)
 
@@ -159,6 +161,8 @@ class LeafScratch(Evaluator):
     def _linear(self, module: nn.Linear, input: Tensor) -> Tensor:
         """The forward of a linear layer at the point, a block of rows of its weight at a time."""
         weight, bias = self._linears[module]
+        if module.weight is not weight.parameter:  # another one stands in for it, as in functional_call
+            return F.linear(input, module.weight, module.bias)
         own = [weight] if bias is None else [weight, bias]
         self._unused.difference_update(piece.info.name for piece in own)
         self._users.update(id(piece.parameter) for piece in own)
@@ -170,11 +174,15 @@ class LeafScratch(Evaluator):
         if rows == module.out_features:
             output = F.linear(input, self._rows(weight, 0, rows), offset)
         else:
-            flat = input.reshape(-1, module.in_features)
+            # Products into a buffer are not autocast.
+            kind = input.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            flat = input.reshape(-1, module.in_features).to(dtype)
+            offset = None if offset is None else offset.to(dtype)
             output = flat.new_empty(flat.shape[0], module.out_features)
             for first in range(0, module.out_features, rows):
                 part = output[:, first : first + rows]
-                block = self._rows(weight, first, part.shape[1]).t()
+                block = self._rows(weight, first, part.shape[1]).t().to(dtype)
                 if offset is None:
                     torch.mm(flat, block, out=part)
                 else:
@@ -221,15 +229,26 @@ class _OutsideUse(TorchFunctionMode):
     ) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        # Its dtype, shape or device may be asked for, and requires_grad_ returns the parameter itself.
-        if isinstance(result, Tensor) and id(result) not in self._names:
-            for value in (*args, *(kwargs or {}).values()):
+        # Its dtype, shape or device may be asked for, and whether it is trainable may be switched.
+        if func is not Tensor.requires_grad_ and any(isinstance(part, Tensor) for part in flat(result)):
+            for value in flat((args, kwargs or {})):
                 if id(value) in self._names and not self._users[id(value)]:
                     raise ValueError(
                         f"the parameter {self._names[id(value)]!r} is used outside of the forward of the module that "
                         f"holds it: LeafScratch cannot perturb it there; {_ADVICE}"
                     )
         return result
+
+
+def flat(values: Any) -> Iterator[Any]:
+    """What is in a nest of tuples, lists and dictionaries."""
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            yield from flat(value)
+    elif isinstance(values, Mapping):
+        yield from flat(list(values.values()))
+    else:
+        yield values
 
 
 def _nbytes(slices: Sequence[Slice]) -> int:

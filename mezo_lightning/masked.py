@@ -156,8 +156,9 @@ def mask_logits(model: CausalLM, inputs: dict[str, Tensor], places: Sequence[int
     head: Any = base_model(model).get_output_embeddings()
     with _seeing_only(head, torch.tensor(places, device=inputs["input_ids"].device)):
         logits = model(**inputs).logits
-    assert logits.shape[:2] == (len(places), 1), logits.shape
-    return logits[:, 0]
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    return logits[range(len(places)), list(places)]  # of a head that does not call the layer, such as MobileBERT's
 
 
 @contextmanager

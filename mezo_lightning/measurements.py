@@ -44,7 +44,7 @@ def step_record(
     return StepRecord(
         step=step,
         objective={point.label: mean for one in valued for point, mean in zip(one.points, one.means, strict=True)},
-        projected_grads=list(estimate.projected_grads),
+        projected_grads=list(estimate.projected_grads[:1] if estimate.weights else estimate.projected_grads),
         lr=learning_rates,
         valid_fraction=min(float(one.valid.double().mean()) for one in rounds),
         tie_fraction=evaluation.tie_fraction(estimate.pairs),

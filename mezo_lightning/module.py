@@ -140,7 +140,7 @@ class MeZOModule(pl.LightningModule):
         self._make_optimizer = optimizer
         self._make_scheduler = lr_scheduler
         trial = [("trial", nn.Parameter(torch.zeros(1)))]
-        build_optimizer(optimizer, lr_scheduler, trial)  # finds mistakes before a model is loaded
+        estimator.knowing(build_optimizer(optimizer, lr_scheduler, trial)[0])  # finds mistakes before a model is loaded
         self._bound: BoundObjective
         self._skips = SkipCounter(max_skipped_steps)
         self._rounds = Rounds()
@@ -152,15 +152,15 @@ class MeZOModule(pl.LightningModule):
         """One MeZO step: probe, estimate, update."""
         started = time.perf_counter()
         step = self.global_step
-        recorded = self._run_log.recorded(step)
-        if recorded is not None:
+        if (recorded := self._run_log.recorded(step)) is not None:
             return self._repeat(recorded)
         decoding_seed = derive_seed(self.seed, step, _DECODING)
         now = (step, self.trainer.max_steps, Path(self.trainer.default_root_dir).name)
         compare = comparison(self._bound, batch, self.seed, Probe(*now, ranks=self._placement.ranks))
         measure = partial(self._measure, batch, self._bound.measure, decoding_seed, texts=compare is not None)
         evaluate = self._rounds.begin(self.evaluator(measure, compare), batch)
-        estimate = self.transform(self.estimator.estimate(evaluate, seed=derive_seed(self.seed, step, _DIRECTIONS)))
+        estimator = self.estimator.knowing(self._mezo)
+        estimate = self.transform(estimator.estimate(evaluate, seed=derive_seed(self.seed, step, _DIRECTIONS)))
         learning_rates = [float(group["lr"]) for group in self._mezo.param_groups]
         self._update(estimate=estimate)
         when = (step + 1, learning_rates, time.perf_counter() - started)

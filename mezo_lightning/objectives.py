@@ -251,9 +251,14 @@ class RewardObjective(Objective):
         return self.completer.autoregressive or self.beta > 0
 
     def check_model(self, pretrained: Pretrained) -> None:
-        """Refuse a penalty without an adapter, or for a model that does not write."""
+        """Refuse a penalty without an adapter that can be switched off, and a model that does not write."""
+        if pretrained.kind == "masked" and self.completer.autoregressive:
+            name = type(self.completer).__name__
+            raise ValueError(f"completer={name} writes, and kind='masked' fills in masks; use completer: ChooseOption")
         if self.beta and pretrained.kind == "masked":
             raise ValueError(f"beta={self.beta} weighs what is written, and kind='masked' writes nothing; set beta: 0")
+        if self.beta and pretrained.virtual_tokens:
+            raise ValueError(f"beta={self.beta} needs an adapter that can be switched off; use LORA, or set beta: 0")
         check_adapter(pretrained.adapter, self.beta)
 
     def bind(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> BoundObjective:

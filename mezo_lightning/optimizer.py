@@ -21,7 +21,7 @@ from mezo_lightning.parameters import ParameterSpace, whole_shape
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian, Sampler
 from mezo_lightning.steps import DecayTowards, GradientEstimate, Step, round_coefficient, round_fp32
-from mezo_lightning.trajectory import Trajectory
+from mezo_lightning.trajectory import MOST_TERMS, Trajectory
 from mezo_lightning.updates import Memory, Update
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -144,6 +144,11 @@ class MeZO(torch.optim.Optimizer):
         """A hash of all steps that this object made: that of another rank, if both made the same."""
         return self._digest.hexdigest()
 
+    @property
+    def memory(self) -> Memory:
+        """What ``update`` remembers of the steps so far."""
+        return self._memory
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Part of torch's own construction; later on the positions of the directions are fixed.
 
@@ -164,12 +169,16 @@ class MeZO(torch.optim.Optimizer):
         number = self._number()
         if not estimate.seeds:
             return Step(number=number, decay_towards=self.decay_towards)
+        if len(estimate.seeds) > MOST_TERMS:
+            raise ValueError(
+                f"a step of {len(estimate.seeds)} directions does not fit into a trajectory, which has room for "
+                f"{MOST_TERMS}: use fewer queries or rows, or an update with a smaller window"
+            )
         rates = [float(group["lr"]) for group in self.param_groups]
         decays = [float(group["weight_decay"]) for group in self.param_groups]
         return Step(
             tuple(
-                (seed, tuple(round_coefficient(-lr * estimate.scale * g) for lr in rates))
-                for seed, g in zip(estimate.seeds, estimate.projected_grads, strict=True)
+                (seed, tuple(round_coefficient(-lr * estimate.scale * g) for lr in rates)) for seed, g in estimate.terms
             ),
             tuple(round_fp32(1.0 - lr * decay) for lr, decay in zip(rates, decays, strict=True)),
             number,

@@ -1,7 +1,7 @@
 """Everything is coefficients on seeded directions: the three scalar-sized objects that the parts exchange.
 
     Point            = theta + sum_j c_j z(s_j)                       where an objective is evaluated
-    GradientEstimate = scale * sum_i g_i z(s_i)                       what an estimator returns: O(q) scalars
+    GradientEstimate = scale * sum_i g_i w_i z(s_i)                   what an estimator returns: O(q) scalars
     Step             : theta <- decay * theta + sum_i c_i z(s_i)      what the optimizer applies, the trajectory records
 
 Coefficients are kept to 12 significant bits, as directions are: a product c * z is then exact in fp32 and a sum is
@@ -58,7 +58,7 @@ class Point:
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """A gradient estimate ``scale * sum_i projected_grads[i] * z(seeds[i])``; an empty one is a skipped step."""
+    """``scale * sum_i projected_grads[i] * weights[i] * z(seeds[i])``; an empty one is a skipped step."""
 
     seeds: tuple[int, ...] = ()
     projected_grads: tuple[float, ...] = ()
@@ -71,9 +71,18 @@ class GradientEstimate:
     """Why there is no estimate, where there is none."""
     earlier: tuple[Evaluation, ...] = ()
     """The rounds before the last one, ``evaluation``: what decided on the directions, for logs."""
+    weights: tuple[float, ...] = ()
+    """Of each direction in a sum that was probed as one, which transforms must not turn; none: 1.0 for all."""
 
     def __post_init__(self) -> None:
         assert len(self.seeds) == len(self.projected_grads), (self.seeds, self.projected_grads)
+        assert len(self.weights) in (0, len(self.seeds)), (self.seeds, self.weights)
+
+    @property
+    def terms(self) -> tuple[tuple[int, float], ...]:
+        """(seed, projected gradient times weight) of each direction, to be multiplied by ``scale``."""
+        weights = self.weights or (1.0,) * len(self.seeds)
+        return tuple((s, g * w) for s, g, w in zip(self.seeds, self.projected_grads, weights, strict=True))
 
 
 @dataclass(frozen=True)

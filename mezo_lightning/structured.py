@@ -19,6 +19,7 @@ from torch import Tensor
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.layout import Layout
 from mezo_lightning.samplers import SIGNIFICANT_BITS, Directions, Gaussian, Rademacher, Sampler, derive_seed
+from mezo_lightning.scaled import Scaled
 
 if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo
@@ -210,15 +211,16 @@ def _significant(values: Tensor) -> Tensor:
 
 # -- on record ---------------------------------------------------------------------------------------------------------
 
-_SAMPLERS: dict[str, type[Sampler]] = {kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset, Flipout)}
+_SAMPLERS: dict[str, type[Sampler]] = {
+    kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset, Flipout, Scaled)
+}
 
 
 def sampler_as_dict(sampler: Sampler) -> dict[str, Any]:
     """A sampler's name and settings, for JSON."""
     assert is_dataclass(sampler), sampler
     settings = {field.name: getattr(sampler, field.name) for field in fields(sampler)}
-    plain = {key: sampler_as_dict(value) if isinstance(value, Sampler) else value for key, value in settings.items()}
-    return {"name": type(sampler).__name__, **plain}
+    return {"name": type(sampler).__name__, **{key: _as_plain(value) for key, value in settings.items()}}
 
 
 def sampler_from_dict(record: Mapping[str, Any]) -> Sampler:
@@ -231,5 +233,17 @@ def sampler_from_dict(record: Mapping[str, Any]) -> Sampler:
     name = settings.pop("name")
     if name not in _SAMPLERS:
         raise ValueError(f"the trajectory's sampler {name!r} is unknown; known are {', '.join(_SAMPLERS)}")
-    parts = {key: sampler_from_dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
-    return _SAMPLERS[name](**parts)
+    return _SAMPLERS[name](**{key: _from_plain(value) for key, value in settings.items()})
+
+
+def _as_plain(value: Any) -> Any:
+    """A setting for JSON: a sampler as an object, a table as pairs, whose order no tool loses."""
+    if isinstance(value, Sampler):
+        return sampler_as_dict(value)
+    return [list(pair) for pair in value.items()] if isinstance(value, Mapping) else value
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return sampler_from_dict(value)
+    return dict(value) if isinstance(value, list) else value

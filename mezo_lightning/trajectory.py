@@ -33,6 +33,8 @@ from mezo_lightning.steps import DecayTowards, Step
 from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 
 MAGIC = b"MEZOTRAJ"
+MOST_TERMS = (1 << 16) - 1
+"""Of a step: as many as a record can count."""
 VERSION = 1
 _PREFIX = struct.Struct("<8sHI")
 _HEAD = struct.Struct("<IHH")

@@ -25,7 +25,7 @@ class Memory:
     """What rules remember of a run; skipped steps leave no trace in it."""
 
     estimates: tuple[tuple[tuple[int, float], ...], ...] = ()
-    """The latest estimates, newest first: (seed, coefficient) of each direction."""
+    """The latest estimates, newest first: (seed, coefficient) of each direction; for ``Trail`` their momentum alone."""
     mean_square: float = 0.0
     """A decaying sum of the squares of estimates, see ``ScalarAdam``."""
     seen: float = 0.0
@@ -33,8 +33,7 @@ class Memory:
 
     def add(self, estimate: GradientEstimate, window: int) -> Memory:
         """The memory after one more estimate, with at most ``window`` of them."""
-        terms = zip(estimate.seeds, estimate.projected_grads, strict=True)
-        newest = tuple((seed, estimate.scale * g) for seed, g in terms)
+        newest = tuple((seed, estimate.scale * g) for seed, g in estimate.terms)
         return replace(self, estimates=(newest, *self.estimates[: window - 1]))
 
     def weighted(self, weights: Sequence[float], scale: float) -> GradientEstimate:
@@ -148,7 +147,7 @@ class ScalarAdam(Update):
         return self.window if self.beta1 else 1
 
     def advance(self, memory: Memory, estimate: GradientEstimate) -> tuple[Memory, GradientEstimate]:
-        square = math.fsum((estimate.scale * g) ** 2 for g in estimate.projected_grads)
+        square = math.fsum((estimate.scale * g) ** 2 for _, g in estimate.terms)
         memory = replace(
             memory.add(estimate, self.reach),
             mean_square=self.beta2 * memory.mean_square + (1.0 - self.beta2) * square,
@@ -157,6 +156,38 @@ class ScalarAdam(Update):
         weights = _powers(self.beta1, len(memory.estimates))
         size = math.sqrt(memory.mean_square / memory.seen) + self.zeta
         return memory, memory.weighted(weights, 1.0 / (sum(weights) * size))
+
+
+@dataclass(frozen=True)
+class Trail(Update):
+    """Applies each estimate as it is, and remembers their momentum m, around which ``Cone`` looks.
+
+    ``m_t = beta m_{t-1} + estimate_t``, as the coefficients of its newest directions; what older ones had is cut off.
+    """
+
+    beta: float = 0.95
+    """How much of the momentum is left after a step, below 1."""
+    window: int = 20
+    """Directions that the momentum consists of, one for each of the last steps. Probes and updates of ``Cone`` make all
+    of them, and one more."""
+
+    def __post_init__(self) -> None:
+        _check_fraction("Trail", "beta", self.beta)
+        _check_window("Trail", self.window)
+
+    @property
+    def reach(self) -> int:
+        return self.window + 1
+
+    def advance(self, memory: Memory, estimate: GradientEstimate) -> tuple[Memory, GradientEstimate]:
+        earlier = {seed: self.beta * c for seed, c in self.momentum(memory)}
+        terms = {seed: estimate.scale * g + earlier.pop(seed, 0.0) for seed, g in estimate.terms}
+        momentum = tuple([*terms.items(), *earlier.items()][: self.window])
+        return replace(memory, estimates=(momentum,)), estimate
+
+    def momentum(self, memory: Memory) -> tuple[tuple[int, float], ...]:
+        """M, as (seed, coefficient) of each of its directions, the newest first; none before the first step."""
+        return memory.estimates[0] if memory.estimates else ()
 
 
 def _powers(beta: float, count: int) -> list[float]:

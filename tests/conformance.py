@@ -23,6 +23,7 @@ from mezo_lightning.estimators import (
     GRZO,
     CentralDifference,
     Comparison,
+    Cone,
     Estimator,
     ForwardDifference,
     GreedyDirection,
@@ -37,9 +38,10 @@ from mezo_lightning.rounding import RoundingName
 from mezo_lightning.rowwise.evaluator import Rowwise
 from mezo_lightning.rowwise.points import RowPoint, row_seed
 from mezo_lightning.samplers import Gaussian, Rademacher, Sampler, derive_seed
+from mezo_lightning.scaled import Scaled
 from mezo_lightning.steps import GradientEstimate, Point
 from mezo_lightning.structured import LowRank, Subset
-from mezo_lightning.updates import Momentum, ScalarAdam
+from mezo_lightning.updates import Momentum, ScalarAdam, Trail
 
 IDS = torch.tensor([0, 3, 1, 6, 2, 5])
 TARGETS = torch.tensor([4, 0, 2, 1, 5, 3])
@@ -55,13 +57,15 @@ class Rule:
     rounds: tuple[int, ...]
     """Points in each round."""
     directions: int
-    """Different directions in all of them."""
+    """Different directions in all of them, at the first step."""
     factor: float | None
     """The mean estimate of a linear objective is the gradient times this; None: it points along the gradient."""
     lr: float = 0.02
     """A rate at which a small quadratic is descended."""
     tie: Literal["zero", "skipped"] = "skipped"
     """What becomes of a step whose probes all have the same value."""
+    further: int = 0
+    """How many more directions every later step has."""
 
 
 ESTIMATORS = {
@@ -74,6 +78,7 @@ ESTIMATORS = {
     "es": Rule(Population(EPSILON, 6), (6,), 6, None, lr=0.1),
     "ranked es": Rule(Population(EPSILON, 6, antithetic=True, fitness="centered_rank"), (6,), 3, None, lr=0.3),
     "comparison": Rule(Comparison(EPSILON, 2), (4,), 2, None, lr=0.1, tie="zero"),
+    "cone": Rule(Cone(EPSILON), (2,), 1, 1.0, tie="zero", further=1),
     "grzo": Rule(GRZO(EPSILON), (2,), ROWS, None, lr=0.1),
     "grzo, not normalised": Rule(GRZO(EPSILON, normalize=False), (2,), ROWS, 1.0, tie="zero"),
 }
@@ -87,15 +92,19 @@ SAMPLERS: dict[str, Sampler] = {
     "lezo": Subset(fraction=0.5),
     "bcd over lozo": Subset(LowRank(1, refresh_right=2), order="cyclic"),
     "flipout": Flipout(),
+    "scaled": Scaled({"layers|lstm": 2.0, r"\.": 0.5}),
+    "scaled lozo": Scaled({"layers|lstm": 0.5}, LowRank(1, refresh_left=0, refresh_right=2)),
 }
-SHARES = {"lezo": 0.5, "bcd over lozo": 0.5}
-"""How much of the time a layer is active, for samplers that leave some out; there are two layers."""
+SHARES = {"lezo": 0.5, "bcd over lozo": 0.5, "scaled": 4.0, "scaled lozo": 0.25}
+"""The mean estimate of a layer's gradient is the gradient times this: the time that the layer is active, for samplers
+that leave some out (there are two layers), or the square of its scale."""
 UPDATES: dict[str, dict[str, Any]] = {
     "plain": {},
     "weight decay": {"weight_decay": 0.25},
     "decay towards the start": {"weight_decay": 0.25, "decay_towards": "start"},
     "momentum": {"update": Momentum(0.5, window=2)},
     "scalar adam": {"update": ScalarAdam(beta2=0.5)},
+    "trail": {"update": Trail(0.5, window=2)},
     "scalar adam with momentum": {"update": ScalarAdam(0.5, 0.5, window=2), "weight_decay": 0.25},
 }
 """Options of the optimizer."""
@@ -179,7 +188,8 @@ SPACES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
 }
 """A model, and the parameters of it that the optimizer is given."""
 
-_CHANGING = ("lozo", "subzero", "lezo", "bcd over lozo", "flipout")
+_CHANGING = ("lozo", "subzero", "lezo", "bcd over lozo", "flipout", "scaled lozo")
+_REPEATING = ("momentum", "trail", "scalar adam with momentum")
 _ROWWISE = ("grzo", "grzo, not normalised")
 REFUSED: dict[frozenset[str], str] = {
     frozenset(
@@ -191,8 +201,13 @@ REFUSED: dict[frozenset[str], str] = {
     },
     **{
         frozenset({update, sampler}): r"applies the directions of earlier steps again, .* use Gaussian"
-        for update in ("momentum", "scalar adam with momentum")
+        for update in _REPEATING
         for sampler in _CHANGING
+    },
+    **{
+        frozenset({"cone", update}): "estimator=Cone .* does not remember it: give the optimizer `update: Trail`"
+        for update in UPDATES
+        if update != "trail"
     },
     **{
         frozenset({"decay towards the start", precision}): r"decay_towards='start' and rounding=.* only one may"
@@ -213,7 +228,8 @@ REFUSED: dict[frozenset[str], str] = {
 }
 """Pairs that cannot work, and what the error says."""
 IMPLIED = {
-    frozenset({part, update}) for part in (*_ROWWISE, "rowwise") for update in ("momentum", "scalar adam with momentum")
+    *(frozenset({part, update}) for part in (*_ROWWISE, "rowwise") for update in _REPEATING),
+    *(frozenset({"cone", part}) for part in (*_CHANGING, "rowwise")),
 }
 """Pairs that cannot work because one of the two needs a third part that the other one refuses."""
 
@@ -356,7 +372,8 @@ class Run:
 
     def estimate(self) -> GradientEstimate:
         """The estimate of the step that comes next."""
-        return self.estimator.estimate(self.evaluate, seed=derive_seed(3, self.optimizer.space.step_number()))
+        estimator = self.estimator.knowing(self.optimizer)
+        return estimator.estimate(self.evaluate, seed=derive_seed(3, self.optimizer.space.step_number()))
 
     def take(self, steps: int) -> None:
         """Make some steps."""

@@ -7,6 +7,7 @@ and a seed, from which it derives the seeds of its directions; what it returns i
 from mezo_lightning.estimators.base import Estimator
 from mezo_lightning.estimators.central import CentralDifference
 from mezo_lightning.estimators.comparison import Comparison
+from mezo_lightning.estimators.cone import Cone
 from mezo_lightning.estimators.fzoo import FZOO
 from mezo_lightning.estimators.greedy import GreedyDirection
 from mezo_lightning.estimators.grzo import GRZO
@@ -19,6 +20,7 @@ __all__ = [
     "GRZO",
     "CentralDifference",
     "Comparison",
+    "Cone",
     "Estimator",
     "ForwardDifference",
     "GreedyDirection",

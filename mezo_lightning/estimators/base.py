@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mezo_lightning.estimators.checks import check_count, check_epsilon
 from mezo_lightning.evaluators import Evaluate
 from mezo_lightning.samplers import derive_seed
 from mezo_lightning.steps import GradientEstimate, Point
+
+if TYPE_CHECKING:
+    from mezo_lightning.optimizer import MeZO
 
 
 class Estimator(ABC):
@@ -21,6 +25,18 @@ class Estimator(ABC):
     def needs_values(self) -> bool:
         """Whether it needs a value at each point; False where it is enough to know which of two points is better."""
         return True
+
+    def knowing(self, optimizer: MeZO) -> Estimator:
+        """This rule for the next step of an optimizer, where it depends on what that remembers of earlier ones.
+
+        Args:
+            optimizer: Applies the estimates.
+
+        Raises:
+            ValueError: If it does not remember what the rule needs.
+        """
+        del optimizer
+        return self
 
     @abstractmethod
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:

@@ -16,7 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from mezo_lightning.models.quantised import dense_adapter, dense_model, quantised_names
-from mezo_lightning.models.virtual_tokens import PREFIX, check_virtual_tokens, real_activations, set_sizes, start_from
+from mezo_lightning.models.virtual_tokens import (
+    PREFIX,
+    check_attention,
+    check_virtual_tokens,
+    real_activations,
+    set_sizes,
+    start_from,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -62,9 +69,14 @@ def with_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
     from peft import get_peft_model
 
     activations = None
-    if adapter["peft_type"] == PREFIX:
-        activations = real_activations(model, adapter["num_virtual_tokens"], ADAPTER_SEED)
-        set_sizes(config, activations)
+    if config.is_prompt_learning:
+        check_attention(model, adapter["peft_type"])
+        if adapter["peft_type"] == PREFIX:
+            activations = real_activations(model, adapter["num_virtual_tokens"], ADAPTER_SEED)
+            set_sizes(config, len(activations), activations.shape[2], activations.shape[4])
+        else:  # embeddings belong to no layer and have no heads, but PEFT asks for them
+            embeddings: Any = model.get_input_embeddings()
+            set_sizes(config, 1, 1, embeddings.weight.shape[1])
     with _plain_tensors(), torch.random.fork_rng(devices=[]), _quiet():
         torch.default_generator.manual_seed(ADAPTER_SEED)  # torch.manual_seed would reseed the GPUs too
         wrapped = cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=False))

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 Kind = Literal["causal", "masked"]
 
 _MASKED = "ForMaskedLM"  # so transformers ends the names of encoders that fill in masks
+_MIX_IN_PADDING = ("convbert", "fnet", "nystromformer")
 _OTHERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -49,6 +50,11 @@ def auto_class_of(kind: Kind, name: str, config: PretrainedConfig) -> Any:
                 "model.pretrained.kind: masked, and write [MASK] into data.prompt where the option belongs"
             )
         return AutoModelForCausalLM
+    if config.model_type in _MIX_IN_PADDING:
+        raise ValueError(
+            f"kind='masked' does not suit name={name!r}, a {what}: what it fills in depends on the padding of a batch; "
+            "use one of the kind of BERT or RoBERTa"
+        )
     if any(architecture.endswith(_OTHERS) for architecture in saved_as) or not _fills_masks(config):
         raise ValueError(
             f"kind='masked' does not suit name={name!r}, a {what}: it is no encoder that fills in masks, as BERT and "

@@ -26,7 +26,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mezo_lightning.folders import new_folder
-from mezo_lightning.models.adapters import merged, with_adapter
+from mezo_lightning.models.adapters import adapter_config, merged, with_adapter
 from mezo_lightning.models.kinds import Kind, adapter_for, auto_class
 from mezo_lightning.models.quantised import guard, quantisation_of, quantise, quantised_names
 
@@ -74,6 +74,16 @@ class Pretrained:
                 "quantization: quantised weights cannot be perturbed; add an adapter, such as adapter: {peft_type: "
                 "LORA, r: 8}, or name the dense weights to tune with trainable"
             )
+        if self.quantization is not None and self.virtual_tokens:
+            raise ValueError(
+                "quantization: virtual tokens are exported without their base, and would be opened on the dense one; "
+                "use an adapter that can be merged, such as LORA, or leave quantization out"
+            )
+
+    @property
+    def virtual_tokens(self) -> bool:
+        """Whether the adapter is a prefix or a prompt, in front of the model and not in its weights."""
+        return self.adapter is not None and "num_virtual_tokens" in self.adapter
 
     def load(self, dtype: torch.dtype = torch.float32) -> CausalLM:
         """The model on the CPU, in eval mode, every weight of one dtype, unless it is quantised.
@@ -82,6 +92,8 @@ class Pretrained:
             dtype: float32, bfloat16 or float16.
         """
         check_dtype(dtype)
+        if self.adapter is not None:
+            adapter_config(adapter_for(self.kind, self.adapter))  # mistakes are said before anything is read
         quantization = None if self.quantization is None else quantisation_of(self.quantization, dtype)
         source, gguf_file = self.locate()
         options: dict[str, Any] = {"gguf_file": gguf_file, **_unpacked()} if gguf_file else {"use_safetensors": True}
@@ -102,7 +114,7 @@ class Pretrained:
         """The loaded model with the adapter on top, what is not to be tuned frozen, in eval mode."""
         adapted: CausalLM = model
         if self.adapter is not None:
-            adapted = with_adapter(model, adapter_for(self.kind, self.adapter))
+            adapted = with_adapter(model, {"revision": self.revision, **adapter_for(self.kind, self.adapter)})
         if self.trainable is not None:
             _freeze_others(adapted, self.trainable)
         return adapted.eval()
@@ -157,7 +169,7 @@ def base_model(model: CausalLM) -> PreTrainedModel:
 
 
 def export(model: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` open.
+    """Write a folder that transformers opens as a model of its kind, and PEFT where virtual tokens cannot be merged.
 
     The folder appears complete or not at all. A prefix or a prompt cannot be merged into weights: the folder then holds
     these alone and names their base, for ``peft.AutoPeftModelForCausalLM.from_pretrained``.

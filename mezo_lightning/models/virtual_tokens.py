@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 _FOUND = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 """Sizes that are read off the model."""
+_COUNTS_PLACES = ("sliding_window", "window_size")
+"""Settings of models that attend to the nearest places of the cache, padding included."""
 
 
 class VirtualTokens:
@@ -123,6 +125,25 @@ def check_virtual_tokens(adapter: Mapping[str, Any]) -> None:
         )
 
 
+def check_attention(model: PreTrainedModel, kind: str) -> None:
+    """Refuse a model whose attention counts places in the cache, between which padding stands, and not positions.
+
+    Args:
+        model: The base.
+        kind: PEFT's name for the virtual tokens, for the message.
+
+    Raises:
+        ValueError: If it does.
+    """
+    settings = model.config.get_text_config().to_dict()
+    windowed = settings.get("use_sliding_window", True) and any(settings.get(name) for name in _COUNTS_PLACES)
+    if windowed or settings.get("model_type") == "mpt":
+        raise ValueError(
+            f"adapter: peft_type {kind} does not suit a {type(model).__name__}: padding between virtual tokens and "
+            "text would count as distance in its attention, and answers would depend on the batch; use LORA"
+        )
+
+
 @torch.no_grad()
 def real_activations(model: PreTrainedModel, count: int, seed: int) -> Tensor:
     """The keys and values that a model has for some tokens of its vocabulary, drawn at random and run as one text.
@@ -140,7 +161,7 @@ def real_activations(model: PreTrainedModel, count: int, seed: int) -> Tensor:
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(seed)).to(model.device)
-    cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+    cache = model.base_model(input_ids=ids, use_cache=True).get("past_key_values")
     layers = cast("Sequence[Any]", cache.layers) if isinstance(cache, Cache) else []
     pairs = [(layer.keys, layer.values) for layer in layers]
     shapes = {tensor.shape if isinstance(tensor, Tensor) else None for pair in pairs for tensor in pair}
@@ -152,9 +173,8 @@ def real_activations(model: PreTrainedModel, count: int, seed: int) -> Tensor:
     return torch.stack([torch.cat(pair) for pair in pairs])
 
 
-def set_sizes(config: PeftConfig, activations: Tensor) -> None:
-    """Tell PEFT the sizes of a prefix, which it would guess from the model's configuration."""
-    layers, _, heads, _, width = activations.shape
+def set_sizes(config: PeftConfig, layers: int, heads: int, width: int) -> None:
+    """Tell PEFT the sizes of virtual tokens, which it would guess from the model's configuration."""
     config.num_layers = layers  # pyright: ignore[reportAttributeAccessIssue]
     config.num_attention_heads = heads  # pyright: ignore[reportAttributeAccessIssue]
     config.token_dim = heads * width  # pyright: ignore[reportAttributeAccessIssue]

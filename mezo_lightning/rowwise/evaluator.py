@@ -7,7 +7,7 @@ parameter is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from mezo_lightning.evaluators import Compare, Evaluate, Evaluator, Samples
 from mezo_lightning.flipout import Flipout
+from mezo_lightning.leaf_scratch import flat
 from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.rowwise.operations import OPERATIONS, RowDirections
 from mezo_lightning.rowwise.points import RowPoint, row_seed, rows_that_run
@@ -28,9 +29,10 @@ class Rowwise(Evaluator):
     """Each row of a batch sees weights of its own; points at which all rows see the same are left to another evaluator.
 
     The first dimension of the model's input must be the rows of the batch, in their order, or as declared with
-    ``rows.running``: the batch may then be run in parts, and a row may be several sequences. Beside what a forward
-    takes, this needs the direction of one parameter at a time, another copy of each layer's output, and a byte a row
-    of the batch for every row and column of every parameter.
+    ``points.running``: the batch may then be run in parts, and a row may be several sequences. Within the model too
+    the rows must come first, or rows and tokens in one dimension, rows outermost; what else goes unseen. Beside what
+    a forward takes, this needs the direction of one parameter at a time, another copy of each layer's output, and a
+    byte a row of the batch for every row and column of every parameter.
 
     Args:
         model: The module whose submodules hold the parameters of ``space``.
@@ -91,7 +93,6 @@ class Rowwise(Evaluator):
     # -- which rows run ------------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        del module
         self._running += 1
         if self._running > 1:
             return
@@ -103,10 +104,14 @@ class Rowwise(Evaluator):
             if self._seen and len(self._seen) != size:
                 raise ValueError(
                     f"the model runs on {size} rows, and ran on {len(self._seen)} before at the same point: which rows "
-                    "of the batch are they? Run all of them at once, or declare them with mezo_lightning.rowwise.points.running"
+                    "of the batch are they? Run all of them at once, or "
+                    "declare them with mezo_lightning.rowwise.points.running"
                 )
         if len(rows) != size:
-            raise ValueError(f"the model runs on {size} rows, but {len(rows)} were declared")
+            raise ValueError(
+                f"{type(module).__name__} runs on {size} rows, but {len(rows)} were declared: what all rows share, "
+                f"such as a prefix or a prompt of virtual tokens, cannot have directions of their own; {_ADVICE}"
+            )
         self._seen.update(rows)
         assert self._point is not None
         number, far = self.space.step_number(), self._point.coefficient
@@ -146,7 +151,7 @@ class Rowwise(Evaluator):
         Raises:
             ValueError: If rows cannot have weights of their own in it.
         """
-        names = [self._slices[id(value)].info.name for value in _flat((args, kwargs)) if id(value) in self._slices]
+        names = [self._slices[id(value)].info.name for value in flat((args, kwargs)) if id(value) in self._slices]
         if not names:
             return function(*args, **kwargs)
         why = f"is used in {resolve_name(function) or function}"
@@ -160,8 +165,8 @@ class Rowwise(Evaluator):
                 return result
         else:
             result = function(*args, **kwargs)
-            if not any(isinstance(value, Tensor) for value in _flat(result)):
-                return result  # its dtype, shape or device was asked for
+            if function is Tensor.requires_grad_ or not any(isinstance(value, Tensor) for value in flat(result)):
+                return result  # its dtype, shape or device was asked for, or whether it is trainable was switched
             if self._rows is None:
                 why += " outside of the model's forward"
         some = " and ".join(map(repr, names))
@@ -199,14 +204,3 @@ def _size_of_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int,
         raise ValueError("the model's forward takes no tensor: which rows of the batch it runs on cannot be known")
     first = tensors[0]
     return len(first), first.shape[:-1].numel() if first.is_floating_point() else first.numel()
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    """What is in a nest of tuples, lists and dictionaries."""
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _flat(value)
-    elif isinstance(values, Mapping):
-        yield from _flat(list(values.values()))
-    else:
-        yield values

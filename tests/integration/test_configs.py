@@ -148,6 +148,18 @@ def test_the_quickstart_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["quickstart-prefix", "quickstart-4bit", "quickstart-8bit"])
+def test_the_quickstart_runs_in_other_parameter_spaces(
+    overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    configs = ["--config", "configs/quickstart.yaml", "--config", f"configs/{overlay}.yaml"]
+    few = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--data.num_validation", "4"]
+    main(["fit", *configs, "--run_dir", str(tmp_path / "run"), *few, "--data.batch_size", "8"])
+    assert '"step": 1' in (tmp_path / "run" / "validation.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_a_reward_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split((ROOT / "examples" / "my_reward.py").read_text(encoding="utf-8").splitlines()[2])

@@ -195,7 +195,7 @@ def test_refusals(saved, adapter, message):
 
 def test_a_model_without_a_common_cache_is_refused(saved, monkeypatch):
     def without(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return type("Output", (), {"past_key_values": None})()
+        return {"past_key_values": None}
 
     folder = saved("gpt2")
     monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.GPT2Model.forward", without)

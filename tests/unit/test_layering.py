@@ -21,6 +21,7 @@ TORCH_ONLY = [
     "transforms",
     "optimizer",
     "structured",
+    "scaled",
     "layout",
     "flipout",
     "rowwise",
