@@ -39,14 +39,8 @@ def main() -> None:
     first = json.loads(host.wait() or "{}")
     settings = Settings(**{**first, "limits": Limits(**first["limits"])})
     try:
-        _contain(settings)
-    except (OSError, AssertionError) as error:
-        _answer(failed=str(error))
-        return
-    _answer(ready=True)
-    try:
         try:
-            _serve(settings, host)
+            _contain_and_serve(settings, host)
         finally:  # the end of the input and the signal that whoever started this is gone may come together
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finally:
@@ -56,6 +50,16 @@ def main() -> None:
                 box.clear(settings.box)
                 os.chdir("/")
                 os.rmdir(settings.box)
+
+
+def _contain_and_serve(settings: Settings, host: "_Lines") -> None:
+    try:
+        _contain(settings)
+    except (OSError, AssertionError) as error:
+        _answer(failed=str(error))
+        return
+    _answer(ready=True)
+    _serve(settings, host)
 
 
 def _serve(settings: Settings, host: "_Lines") -> None:

@@ -13,13 +13,14 @@ import torch
 from conformance import ESTIMATORS, REFUSED, SAMPLERS
 from jobs import run_job, succeeded
 
-from mezo_lightning import MeZO
+from mezo_lightning import Cone, MeZO, Trail
 
 LORA = {"adapter": {"peft_type": "LORA", "r": 3, "target_modules": ["q_proj", "v_proj"]}}
 SERVED = [name for name in ESTIMATORS if frozenset({name, "copy"}) not in REFUSED]
 CASES: dict[str, dict[str, Any]] = {
     **{sampler: {"optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS[sampler])} for sampler in SAMPLERS},
     **{estimator: {"estimator": ESTIMATORS[estimator].estimator} for estimator in SERVED},
+    "cone": {"estimator": Cone(), "optimizer": partial(MeZO, lr=1e-3, update=Trail())},
     "lora": {"pretrained": LORA},
     "lora, lozo": {"pretrained": LORA, "optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS["lozo"])},
     "lora, guided": {"pretrained": LORA, "estimator": ESTIMATORS["guided"].estimator},
