@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/mezo fit --config configs/quickstart.yaml
 
 test: setup lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # the slow tests first, the quick ones fill the end
 
 unit: setup
 	$(BIN)/pytest tests/unit -m "not slow"
