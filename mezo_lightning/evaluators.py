@@ -8,8 +8,8 @@ evaluator          working weights                                      extra me
 =================  ===================================================  ==============================================
 ``Copy``           the whole model at one point at a time, restored     one copy of the trainable weights
                    from a copy
-``LeafScratch``    one leaf module at a time, perturbed into a scratch  the largest leaf module
-                   buffer by forward hooks: ``leaf_scratch.py``
+``LeafScratch``    one leaf module at a time, perturbed into a scratch  some rows of a matrix; else the
+                   buffer by forward hooks: ``leaf_scratch.py``         largest leaf module
 =================  ===================================================  ==============================================
 
 ``Copy`` suits any module, and generation, where ``LeafScratch`` would make the noise again for every token.
