@@ -6,12 +6,11 @@ for the probability of what was written, without a second copy of any weight.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from mezo_lightning.interrupts import uninterrupted
 from mezo_lightning.models.kinds import is_masked
 from mezo_lightning.models.pretrained import base_model
 from mezo_lightning.processes.ranks import Lockstep, Ranks
+from mezo_lightning.scoring import Scorer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,9 +67,7 @@ class Divergence:
         self._beta = beta
         self._estimator: KLEstimator = estimator
         self._reserve = reserve
-        accepted = inspect.signature(base_model(model).forward).parameters
-        self._slices_logits = "logits_to_keep" in accepted
-        self._takes_positions = "position_ids" in accepted
+        self._scorer = Scorer(model, encoder)
 
     def check_ranks(self, ranks: Ranks) -> None:
         """Refuse ranks that have to run the same layers at the same time, as one without the adapter would not.
@@ -114,12 +112,7 @@ class Divergence:
 
     def _log_probs(self, rows: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> list[Tensor]:
         """Fp64 [lengths[i]] for each row: the log-probabilities of its last tokens, each given all before it."""
-        inputs: dict[str, Any] = self._encoder.pad([row[:-1] for row in rows], self._model.device)
-        if not self._takes_positions:
-            del inputs["position_ids"]
-        if self._slices_logits:
-            inputs["logits_to_keep"] = max(lengths)
-        logits = self._model(**inputs, use_cache=False).logits
+        logits = self._scorer.logits([row[:-1] for row in rows], max(lengths))
         return [_picked(kept[-n:], row[-n:]) for kept, row, n in zip(logits, rows, lengths, strict=True)]
 
 

@@ -93,7 +93,7 @@ class Scorer(TargetScorer):
         inputs, rows = _shared([text.ids[:-1] for text in texts])
         lengths = [text.target_length for text in texts]
         with running([rows.index(number) for number in range(len(inputs))]):
-            logits = self._logits(inputs, max(lengths))
+            logits = self.logits(inputs, max(lengths))
         row = [r for r, n in zip(rows, lengths, strict=True) for _ in range(n)]
         column = [logits.shape[1] - n + i for n in lengths for i in range(n)]
         target = [token for text in texts for token in text.target_ids]
@@ -103,7 +103,13 @@ class Scorer(TargetScorer):
         parts = torch.nn.utils.rnn.pad_sequence(list(log_probs.double().split(lengths)), batch_first=True)
         return Scores(parts.sum(-1) / count, count)
 
-    def _logits(self, inputs: list[tuple[int, ...]], keep: int) -> Tensor:
+    def logits(self, inputs: Sequence[tuple[int, ...]], keep: int) -> Tensor:
+        """Logits of at least the last ``keep`` tokens of each input, in the model's dtype: [N, at least keep, V].
+
+        Args:
+            inputs: Token ids, of any lengths; padded on the left.
+            keep: How many of the last places are wanted.
+        """
         batch = self._encoder.pad(inputs, self._model.device)
         if not self._takes_positions:
             del batch["position_ids"]

@@ -12,6 +12,15 @@ from mezo_lightning.samplers import Sampler
 from mezo_lightning.steps import GradientEstimate, Point
 
 
+def table_of(shapes: dict[str, tuple[int, ...]]) -> list[ParameterInfo]:
+    """The table of parameters of these names and shapes, one after another."""
+    table, start = [], 0
+    for name, shape in shapes.items():
+        table.append(ParameterInfo(name, shape, start, 0))
+        start += table[-1].numel
+    return table
+
+
 class ClosedForm:
     """A function of theta + sum of c z, in fp64 throughout: exact up to rounding errors of fp64.
 

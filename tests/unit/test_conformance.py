@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from closed_form import ClosedForm
+from closed_form import ClosedForm, table_of
 from conformance import (
     AXES,
     COMBINATIONS,
@@ -409,14 +409,6 @@ def test_a_tie_throughout_leaves_no_trace(name: str):
 # -- samplers: exact, and the same whoever asks ------------------------------------------------------------------------
 
 SHAPES = {"embed": (7, 4), "layers.0.w": (5, 4), "layers.0.b": (5,), "layers.1.w": (2, 3, 4), "norm": (3,)}
-
-
-def table_of(shapes: dict[str, tuple[int, ...]]) -> list[ParameterInfo]:
-    table, start = [], 0
-    for name, shape in shapes.items():
-        table.append(ParameterInfo(name, shape, start, 0))
-        start += table[-1].numel
-    return table
 
 
 TABLE = table_of(SHAPES)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from closed_form import table_of
 from torch import Tensor, nn
 
 from mezo_lightning import GRZO, Flipout, Gaussian, LowRank, MeZO, Rademacher, Rowwise, Subset
 from mezo_lightning.evaluators import Copy
-from mezo_lightning.parameters import ParameterInfo
 from mezo_lightning.samplers import Sampler, derive_seed
 from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 from mezo_lightning.trajectory import Header, Trajectory, replay
@@ -21,14 +21,6 @@ SAMPLERS = {
     "low rank": Flipout(LowRank(2, refresh_left=0, refresh_right=3)),
     "subset": Flipout(Subset(blocks=r"layers\.\d+|embed", fraction=0.5)),
 }
-
-
-def table_of(shapes: dict[str, tuple[int, ...]]) -> list[ParameterInfo]:
-    table, start = [], 0
-    for name, shape in shapes.items():
-        table.append(ParameterInfo(name, shape, start, 0))
-        start += table[-1].numel
-    return table
 
 
 TABLE = table_of(SHAPES)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from closed_form import table_of
 from torch import Tensor
 
 from mezo_lightning import Gaussian, LowRank, Rademacher, Subset
@@ -20,14 +21,6 @@ LOW_RANK = {
     "subzero": LowRank(3, core="dense", refresh_left=2, refresh_right=2),
     "tezo": LowRank(5, core="diagonal", refresh_left=None, refresh_right=None),
 }
-
-
-def table_of(shapes: dict[str, tuple[int, ...]]) -> list[ParameterInfo]:
-    table, start = [], 0
-    for name, shape in shapes.items():
-        table.append(ParameterInfo(name, shape, start, 0))
-        start += table[-1].numel
-    return table
 
 
 TABLE = table_of(SHAPES)
