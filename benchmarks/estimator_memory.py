@@ -9,13 +9,12 @@ as a tensor would take as much again as the weights: 100 %.
 """
 
 import argparse
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 
 import torch
+from _heading import print_heading
 from sharded import PeakMemory
 from step_cost import EPSILON, LR, MODELS, make_loss, make_model, synchronise
 from torch import Tensor
@@ -78,10 +77,8 @@ def main() -> None:
     if args.peak_of:
         print_peak(args)
         return
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"# Memory of the estimators, {args.model} shape, {str(args.dtype).removeprefix('torch.')}, {args.shape}\n")
-    print(f"{date.today()}, {device}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"`python benchmarks/{' '.join(sys.argv).split('/')[-1]}`\n")
+    dtype = str(args.dtype).removeprefix("torch.")
+    print_heading(f"Memory of the estimators, {args.model} shape, {dtype}, {args.shape}", args.device)
     for evaluator in args.evaluators:
         print(f"## {evaluator}\n\n| | peak MB | more than MeZO, MB | of the weights |\n|---|--:|--:|--:|")
         plain = None

@@ -6,13 +6,11 @@ A run that is in DIR already is read, not made again.
 """
 
 import argparse
-import platform
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
-import torch
+from _heading import print_heading
 
 from mezo_lightning.reporting.records import RunRecords
 
@@ -35,9 +33,7 @@ def main() -> None:
         info = records.info()
         assert info is not None
         rows.append((seed, curve, info))
-    print("# The demo on several seeds\n")
-    print(f"{date.today()}, CPU, torch {torch.__version__}, Python {platform.python_version()}")
-    print("`python benchmarks/quickstart.py`\n")
+    print_heading("The demo on several seeds")
     print("| seed | F1 before | after | gain | best | steps | minutes | peak MB | held-out F1 over training |")
     print("|--:|--:|--:|--:|--:|--:|--:|--:|---|")
     for seed, curve, info in rows:

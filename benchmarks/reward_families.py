@@ -9,18 +9,16 @@ made again.
 """
 
 import argparse
-import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from statistics import fmean
 
-import torch
 import yaml
+from _heading import print_heading
 
 from mezo_lightning.commands.run_rows import columns_of_samples
 from mezo_lightning.reporting.records import RunRecords, SampleRecord
@@ -134,9 +132,7 @@ def main(words: Sequence[str] | None = None, fit: Fit = fit) -> None:
     parser.add_argument("--rows", type=int, default=200, help="held-out rows")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-rewards"))
     args, more = parser.parse_known_args(words)  # what is left is for `mezo fit`
-    print(f"# The demo's model tuned by three kinds of reward, {args.rows} held-out rows\n")
-    print(f"{date.today()}, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"Python {platform.python_version()}\n`python benchmarks/reward_families.py`\n")
+    print_heading(f"The demo's model tuned by three kinds of reward, {args.rows} held-out rows")
     print("| tuned by | F1 before | after | gain | steps | minutes | asked | answers known already | masked |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     for name in args.families:

@@ -12,12 +12,10 @@ Run: python benchmarks/rounding.py > benchmarks/results/rounding.md
 """
 
 import argparse
-import datetime
-import platform
-import sys
 from dataclasses import dataclass
 
 import torch
+from _heading import print_heading
 from torch import Tensor, nn
 
 from mezo_lightning.parameters import ParameterSpace
@@ -86,12 +84,10 @@ def main() -> None:
     parser.add_argument("--rms", type=float, default=1e-6, help="RMS of one update")
     options = parser.parse_args()
     size = {"count": options.count, "steps": options.steps, "rms": options.rms}
-    print("# Updates of 16-bit weights\n")
+    print_heading("Updates of 16-bit weights")
     print(f"{options.count:,} weights of std {STD}, {options.steps} steps of RMS {options.rms:g}.")
     print("Gain: movement along the intended direction, as a share of it. Noise: RMS of what rounding added over all")
     print("steps, against the intended RMS of one step, and against the weights' std. On the stored value.\n")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, CPU ({platform.machine()}), ", end="")
-    print(f"{datetime.date.today()}; `python benchmarks/rounding.py {' '.join(sys.argv[1:])}`\n".replace(" `\n", "`\n"))
     print("| dtype | rounding | bytes per weight | gain | noise / step | noise / std |\n|---|---|---|---|---|---|")
     ways: list[tuple[RoundingName, int]] = [("stochastic", 2), ("compensated", 3), ("master", 6)]
     for dtype in (torch.bfloat16, torch.float16):

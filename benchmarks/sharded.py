@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -22,12 +21,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from _heading import print_heading
 
 KINDS = ("replicated", "layer", "whole")
 
@@ -190,10 +189,7 @@ def main() -> None:
         return
     from step_cost import make_model
 
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {os.cpu_count()} cores, gloo"
-    print(f"# Sharding, {args.model} shape, fp32, batch {args.shape}\n")
-    print(f"{date.today()}, {device}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"`python benchmarks/{' '.join(sys.argv).split('/')[-1]}`\n")
+    print_heading(f"Sharding, {args.model} shape, fp32, batch {args.shape}", args.device)
     print(
         "| ranks | weights | held MB / floor | load peak MB | two forwards ms | step ms | ratio | gathered MB | rest |"
     )

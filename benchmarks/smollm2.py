@@ -7,14 +7,12 @@ made again.
 """
 
 import argparse
-import platform
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from statistics import fmean
 
-import torch
+from _heading import print_heading
 
 from mezo_lightning.reporting.records import RunRecords
 
@@ -27,9 +25,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-smollm2"))
     args = parser.parse_args()
-    print("# SmolLM2-135M-Instruct on SST-2, prompt `{sentence} It was`, 400 held-out rows\n")
-    print(f"{date.today()}, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"Python {platform.python_version()}\n`python benchmarks/smollm2.py`\n")
+    print_heading("SmolLM2-135M-Instruct on SST-2, prompt `{sentence} It was`, 400 held-out rows")
     print("| objective | accuracy before | after | best | steps | minutes | peak MB | pairs that tied | by step |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|---|")
     for name, overlays in OVERLAYS.items():

@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
+
+from _heading import print_heading
 
 from mezo_lightning import Trajectory
 
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     generator = random.Random(args.seed)
-    print(f"# Survival of kill -9, {args.strategy}, 2 processes\n\n{date.today()}, `python {' '.join(sys.argv)}`\n")
+    print_heading(f"Survival of kill -9, {args.strategy}, 2 processes")
     with tempfile.TemporaryDirectory() as scratch:
         calm = Path(scratch, "calm")
         began = time.monotonic()
