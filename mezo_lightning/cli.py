@@ -14,6 +14,7 @@ report; resuming reopens it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -43,6 +44,7 @@ from mezo_lightning.module import MeZOModule
 from mezo_lightning.processes.ranks import RankError
 from mezo_lightning.refusals import check_strategy_name
 from mezo_lightning.reporting.late_loggers import BeginLogs, LateCSVLogger, LateTensorBoardLogger
+from mezo_lightning.rewarding.settings import Reward
 from mezo_lightning.skipping import TooManySkippedStepsError
 from mezo_lightning.tuning.trainer import TuningTrainer
 from rewards.person.commands import main as judge_command
@@ -57,7 +59,8 @@ _OWN: dict[str, Any] = {
     "export": export_checkpoint,
     "reward": {"check": check_reward, "rescore": rescore},
 }
-_OF_A_REWARD = re.compile(r"--model\.objective(\.init_args)?\.reward\.init_args\.")
+_OF_A_REWARD = re.compile(r"--model\.objective(\.init_args)?\.reward\.(\w+)")
+_SET_ALONE = {"class_path", "help", *(field.name for field in dataclasses.fields(Reward))}
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, TooManySkippedStepsError, RankError, ArgumentError)
 
 
@@ -181,7 +184,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _check_words(words: Sequence[str]) -> None:
     """Refuse what jsonargparse would take for the beginning of a list of rewards, in the place of the one in a file."""
     for word in words:
-        if _OF_A_REWARD.match(word):
+        found = _OF_A_REWARD.match(word)
+        if found and found[2] not in _SET_ALONE:
             raise ValueError(
                 f"{word.partition('=')[0]} would put the reward's other settings back to their defaults: write an "
                 "overlay and give it with --config, or JSON, --model.objective.init_args.reward "

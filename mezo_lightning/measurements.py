@@ -75,9 +75,10 @@ def sample_records(batch: Batch, samples: Samples, step: int) -> list[SampleReco
     """The rows of a batch as a person reads them."""
     completions = samples.completions or ("",) * len(batch)
     metrics = {name: values.tolist() for name, values in samples.metrics.items()}
+    figures = [{name: float(values[row]) for name, values in metrics.items()} for row in range(len(batch))]
+    notes = [dict(note) for note in samples.notes or ({},) * len(batch)]
     return [
-        SampleRecord(step, index, prompt, completion, {name: float(values[row]) for name, values in metrics.items()})
-        for row, (index, prompt, completion) in enumerate(zip(batch.index, batch.prompts, completions, strict=True))
+        SampleRecord(step, *row) for row in zip(batch.index, batch.prompts, completions, figures, notes, strict=True)
     ]
 
 

@@ -32,6 +32,8 @@ class Probe:
     """How many rows go through the model at once; None for all."""
     texts: bool = True
     """Whether all ranks have to know the completions; else a hash of each will do."""
+    first: bool = False
+    """Whether this is the validation before the first step: Lightning's sanity check."""
 
     def each(self, batch: Batch, run: Callable[[Batch], T]) -> list[T]:
         """Run the model on this rank's rows, a micro-batch at a time, each with its place in the batch declared.

@@ -90,26 +90,32 @@ class Scorer(TargetScorer):
 
     def __call__(self, prompts: Sequence[str], targets: Sequence[str]) -> Scores:
         texts = [self._encoder.continued(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
-        inputs, rows = _shared([text.ids[:-1] for text in texts])
-        lengths = [text.target_length for text in texts]
-        with running([rows.index(number) for number in range(len(inputs))]):
-            logits = self.logits(inputs, max(lengths))
-        row = [r for r, n in zip(rows, lengths, strict=True) for _ in range(n)]
-        column = [logits.shape[1] - n + i for n in lengths for i in range(n)]
-        target = [token for text in texts for token in text.target_ids]
-        log_probs = _pick(logits, *(torch.tensor(x, device=logits.device) for x in (row, column, target)))
-        count = torch.tensor(lengths, device=logits.device)
+        parts = self.log_probs([text.ids for text in texts], [text.target_length for text in texts])
+        count = torch.tensor([len(part) for part in parts], device=parts[0].device)
         # Padding to a matrix sums each continuation in its own order, and the same way on every device.
-        parts = torch.nn.utils.rnn.pad_sequence(list(log_probs.double().split(lengths)), batch_first=True)
-        return Scores(parts.sum(-1) / count, count)
+        return Scores(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).sum(-1) / count, count)
 
-    def logits(self, inputs: Sequence[tuple[int, ...]], keep: int) -> Tensor:
-        """Logits of at least the last ``keep`` tokens of each input, in the model's dtype: [N, at least keep, V].
+    def log_probs(self, sequences: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> list[Tensor]:
+        """The log-probabilities of the last tokens of some sequences, each given all before it.
 
         Args:
-            inputs: Token ids, of any lengths; padded on the left.
-            keep: How many of the last places are wanted.
+            sequences: Token ids.
+            lengths: How many of the last tokens of each are wanted.
+
+        Returns:
+            Fp64 [lengths[i]] for sequence i.
         """
+        inputs, rows = _shared([ids[:-1] for ids in sequences])
+        with running([rows.index(number) for number in range(len(inputs))]):
+            logits = self._logits(inputs, max(lengths))
+        row = [r for r, n in zip(rows, lengths, strict=True) for _ in range(n)]
+        column = [logits.shape[1] - n + i for n in lengths for i in range(n)]
+        target = [token for ids, n in zip(sequences, lengths, strict=True) for token in ids[len(ids) - n :]]
+        log_probs = _pick(logits, *(torch.tensor(x, device=logits.device) for x in (row, column, target)))
+        return list(log_probs.double().split(list(lengths)))
+
+    def _logits(self, inputs: Sequence[tuple[int, ...]], keep: int) -> Tensor:
+        """Logits of at least the last ``keep`` tokens of each input, in the model's dtype: [N, at least keep, V]."""
         batch = self._encoder.pad(inputs, self._model.device)
         if not self._takes_positions:
             del batch["position_ids"]

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
@@ -25,28 +25,35 @@ def prepare(path: str) -> None:
         return
 
 
-def call(path: str, arguments: Mapping[str, Any]) -> bytes:
-    """What a reward returns, or the exception that it raises, pickled.
+def call(path: str, arguments: Mapping[str, Any], listeners: Collection[str] = ()) -> bytes:
+    """What a reward returns, or the exception that it raises, and what it says meanwhile, pickled.
 
     Args:
         path: Where the reward is: ``package.module.function``, ``package.module:function`` or
             ``folder/file.py:function``.
         arguments: Its arguments by name.
+        listeners: Names of further arguments, functions that it may call; with what, is said to whoever asks, as
+            (name, positional arguments, arguments by name).
     """
+    said: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def listener(name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: said.append((name, args, kwargs))
+
     try:
-        return pickle.dumps(_find(path)(**arguments))
+        value = _find(path)(**arguments, **{name: listener(name) for name in listeners})
+        return pickle.dumps((value, said))
     except Exception as error:
-        return _portable(error)
+        return pickle.dumps((_portable(error), []))
 
 
-def _portable(error: Exception) -> bytes:
-    """An exception in bytes that can be read again: many have arguments of their own, which pickle loses."""
+def _portable(error: Exception) -> Exception:
+    """An exception that can be pickled and read again: many have arguments of their own, which pickle loses."""
     try:
-        text = pickle.dumps(error)
-        pickle.loads(text)
+        pickle.loads(pickle.dumps(error))
     except Exception:
-        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-    return text
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @functools.cache

@@ -215,9 +215,12 @@ class FormatGate(Wrapper):
             raise ValueError(f"FormatGate(reward={self.reward!r}): that reward takes no `completions`, as TRL has.")
 
     def _all(self, result: Any, arguments: Mapping[str, Any]) -> Any:
+        if isinstance(result, Mapping):
+            key = _key(result)
+            return {name: self._all(value, arguments) if name == key else value for name, value in result.items()}
         values = result.tolist() if isinstance(result, _Array) else list(result)
         return [
-            self.otherwise if _is_value(value) and not self._fits(completion) else value
+            value if self._fits(completion) else _changed(value, lambda _: self.otherwise, many=False)
             for value, completion in zip(values, arguments["completions"], strict=True)
         ]
 
@@ -245,7 +248,7 @@ def _changed(result: Any, change: Callable[[float], float], many: bool) -> Any:
     if isinstance(result, _Array):
         result = result.tolist()
     if isinstance(result, Mapping):
-        key = next((key for key in ("rewards", "reward", "score") if key in result), None)
+        key = _key(result)
         return {name: _changed(value, change, many) if name == key else value for name, value in result.items()}
     if isinstance(result, list) or (many and isinstance(result, tuple)):
         return [_changed(value, change, many=False) for value in result]
@@ -253,6 +256,11 @@ def _changed(result: Any, change: Callable[[float], float], many: bool) -> Any:
         place = 1 if result and isinstance(result[0], str) else 0
         return tuple(_changed(value, change, False) if i == place else value for i, value in enumerate(result))
     return change(float(result)) if _is_value(result) else result
+
+
+def _key(result: Mapping[Any, Any]) -> str | None:
+    """Where a mapping has its rewards."""
+    return next((key for key in ("rewards", "reward", "score") if key in result), None)
 
 
 def _is_value(result: Any) -> bool:

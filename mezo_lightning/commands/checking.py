@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mezo_lightning.reporting.outcome import number
-from mezo_lightning.reporting.report import prompt_tail
+from mezo_lightning.reporting.report import note_text, prompt_tail
 from mezo_lightning.reporting.terminal import visible
-from mezo_lightning.rewarding.answers import Value
+from mezo_lightning.rewarding.answers import Note, Value
 from mezo_lightning.rewarding.arguments import OFFERED, Rows
 from mezo_lightning.rewarding.asking import Asker
 from mezo_lightning.rewarding.conventions import Convention
@@ -34,10 +34,10 @@ class Checked:
     rows: Rows
     values: list[Value]
     """One a row; what is not finite is an exception."""
-    beside: list[dict[str, float]]
-    """Figures that the reward gave with each value."""
+    beside: list[dict[str, Note]]
+    """What the reward said of each row beside its value."""
     said: dict[str, float]
-    """Means of what it gave to ``log_metric`` and ``log_extra``."""
+    """Means of the figures that it gave to ``log_metric``, ``log_extra`` or beside a value."""
     seconds: list[float]
     """How long each call took."""
     repeats: int
@@ -69,9 +69,9 @@ def ask(reward: NamedReward, rows: Rows) -> Checked:
     # Not as the first batch of a run, where a reward that fails altogether raises: here that is something to show.
     heard = Asker(reward, Memory(), mask=False, patience=0.0).begin(rows, range(len(rows)), tally)()
     places = range(len(rows))
-    figures = [dict(heard.answers[place].figures) if place in heard.answers else {} for place in places]
+    beside = [dict(heard.answers[place].notes) if place in heard.answers else {} for place in places]
     values = [heard.answers[place].value if place in heard.answers else heard.failures[place] for place in places]
-    return Checked(reward, rows, values, figures, tally.statements(), tally.seconds, tally.remembered)
+    return Checked(reward, rows, values, beside, tally.statements(), tally.seconds, tally.remembered)
 
 
 def described_reward(reward: NamedReward, columns: Collection[str] | None = None) -> Table:
@@ -193,10 +193,10 @@ def _value(value: Value) -> Text:
     return Text("none", style="dim") if value is None else Text(f"{value:.4g}")
 
 
-def _beside(value: Value, figures: dict[str, float]) -> str:
+def _beside(value: Value, notes: dict[str, Note]) -> str:
     if isinstance(value, Exception):
         return described(value)
-    return ", ".join(f"{name} {number(figure)}" for name, figure in figures.items())
+    return "; ".join(note_text(name, note) for name, note in notes.items())
 
 
 def _values(checked: Checked) -> str:

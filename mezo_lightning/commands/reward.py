@@ -264,7 +264,9 @@ def _write(path: Path, steps: Sequence[int], results: Sequence[Checked]) -> None
         for step, checked in zip(steps, results, strict=True):
             batch = checked.rows.batch
             for place, value in enumerate(checked.values):
-                failed = {"failed": f"{type(value).__name__}: {value}"} if isinstance(value, Exception) else {}
+                more: dict[str, Any] = {"notes": checked.beside[place]} if checked.beside[place] else {}
+                if isinstance(value, Exception):
+                    more["failed"] = f"{type(value).__name__}: {value}"
                 line = {
                     "step": step,
                     "index": batch.index[place],
@@ -272,4 +274,4 @@ def _write(path: Path, steps: Sequence[int], results: Sequence[Checked]) -> None
                     "completion": checked.rows.completions[place],
                     "value": None if isinstance(value, Exception) else value,
                 }
-                file.write(json.dumps(line | failed, allow_nan=False) + "\n")
+                file.write(json.dumps(line | more, allow_nan=False) + "\n")

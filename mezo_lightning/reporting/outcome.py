@@ -152,10 +152,15 @@ def resolution(metric: str, one: ValidationRecord, other: ValidationRecord) -> f
     variance is that of p = 0.5, and less with ties.
     """
     values = (one.metrics[metric], other.metrics[metric])
-    rows = min((record.rows for record in (one, other) if record.rows), default=0)
+    rows = min((rows for record in (one, other) if (rows := rows_behind(record, metric))), default=0)
     if metric in _SHARES and rows and all(0 <= value <= 1 for value in values):
         return 2 * math.sqrt(max(max(value * (1 - value) for value in values), 1 / rows) / rows)
     return 0.005 * max(abs(value) for value in values)
+
+
+def rows_behind(record: ValidationRecord, metric: str) -> int | None:
+    """How many rows a figure is a mean over, where that is known: a win rate may not be there for all of them."""
+    return None if record.rows is None else round(record.rows * record.metrics.get(f"{metric}/known", 1.0))
 
 
 def _headline(
@@ -229,9 +234,14 @@ def _validation_notes(
     notes = []
     if before is None:
         notes.append("To know what training changed, validate before it: trainer.num_sanity_val_steps=-1.")
+    last, rows = measured[-1], rows_behind(measured[-1], metric)
+    if rows != last.rows:
+        notes.append(
+            f"{rows} of {last.rows} held-out rows have a win rate: what the model wrote to the others before the first "
+            "step is not known (trainer.num_sanity_val_steps=-1 has it written down), or the oracle had no answer."
+        )
     sign = 1 if maximise else -1
     best = max(measured, key=lambda record: sign * record.metrics[metric])
-    last = measured[-1]
     lost = sign * (best.metrics[metric] - last.metrics[metric])
     if best.step > 0 and lost > resolution(metric, best, last):
         notes.append(

@@ -67,6 +67,8 @@ class SampleRecord:
     prompt: str
     completion: str
     metrics: dict[str, float]
+    notes: dict[str, float | str] = field(default_factory=dict)
+    """What rewards said of the completion beside their values, as `{reward}/{name}`."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mezo_lightning.reporting import figures
-from mezo_lightning.reporting.outcome import Outcome, compares, is_flat, judge, number, training_value
+from mezo_lightning.reporting.outcome import Outcome, compares, is_flat, judge, number, rows_behind, training_value
 from mezo_lightning.reporting.records import RunInfo, RunRecords, SampleRecord, StepRecord, ValidationRecord
 from mezo_lightning.reporting.redaction import redact
 
 REPORT_FILE = "report.html"
 _MAX_SAMPLES = 12
 _PROMPT_TAIL = 320
+_NOTE = 240
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class SamplePair:
     before: str
     now: str | None
     """None where the row was completed only once."""
+    notes_before: tuple[str, ...]
+    """What rewards said of the completion."""
+    notes_now: tuple[str, ...]
     score_before: str
     score_now: str
     direction: Literal["up", "down", "same"]
@@ -116,6 +120,12 @@ def prompt_tail(prompt: str, length: int = _PROMPT_TAIL) -> str:
     return "… " + prompt[-length:].split(" ", 1)[-1]
 
 
+def note_text(name: str, note: float | str) -> str:
+    """What a reward said beside a value, cut where it is long."""
+    text = note if isinstance(note, str) else number(note)
+    return f"{name}: {text if len(text) <= _NOTE else text[:_NOTE] + ' …'}"
+
+
 def duration(seconds: float) -> str:
     """A time span as a person says it."""
     if seconds < 60:
@@ -141,10 +151,16 @@ def _pair(first: SampleRecord, last: SampleRecord, metric: str | None) -> Sample
         prompt=first.prompt,
         before=first.completion,
         now=last.completion if last.step > first.step else None,
+        notes_before=_notes(first),
+        notes_now=_notes(last),
         score_before=_score(was),
         score_now=_score(now),
         direction="same" if not scored or was == now else "up" if now > was else "down",
     )
+
+
+def _notes(sample: SampleRecord) -> tuple[str, ...]:
+    return tuple(note_text(name, note) for name, note in sample.notes.items())
 
 
 def _score(value: float) -> str:
@@ -155,8 +171,7 @@ def _tiles(folder: Path, steps: Sequence[StepRecord], outcome: Outcome, info: Ru
     tiles = []
     if outcome.metric and (outcome.before or outcome.after):
         was, now = (number(v.metrics[outcome.metric]) if v else "?" for v in (outcome.before, outcome.after))
-        rows = (outcome.after or outcome.before or ValidationRecord(0, 0, {})).rows
-        caption = f"mean over {rows:,} held-out rows" if rows else "mean over the held-out rows"
+        caption = f"mean over {_rows(outcome.after or outcome.before, outcome.metric)} held-out rows"
         caption += "; a tie counts half" if outcome.metric == "win_rate" else ""
         tiles.append(Tile(f"Held-out {outcome.label}", f"{was} → {now}", caption))
     skipped = sum(step.skipped is not None for step in steps)
@@ -177,6 +192,13 @@ def _tiles(folder: Path, steps: Sequence[StepRecord], outcome: Outcome, info: Ru
         of = f"of {info.parameters:,} parameters, {info.dtype}"
         tiles.append(Tile("Tuned", f"{info.trainable_parameters:,}", of))
     return tiles
+
+
+def _rows(record: ValidationRecord | None, metric: str) -> str:
+    rows = rows_behind(record, metric) if record is not None else None
+    if record is None or not rows:
+        return "the"
+    return f"{rows:,}" if rows == record.rows else f"{rows:,} of {record.rows:,}"
 
 
 def _charts(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord], outcome: Outcome) -> list[Chart]:

@@ -1,7 +1,7 @@
 """What may be believed of what a reward returns.
 
 A value is a number; None, which is no opinion; or an exception, which says why there is no value for that row. What
-reward functions of other projects return beside it is kept as a figure for the logs: the other entries of
+reward functions of other projects return beside it is kept as a note on the row: the other entries of
 ``{"score": 1.0, "acc": 1.0}`` (verl), of ``{"rewards": ..., "extra_logs": {...}}`` (OpenRLHF). Of a tuple only the
 reward counts: ``(label, reward)`` of es-at-scale, ``(reward, correct)`` of NeMo-RL, ``(passed, details)`` of verl.
 
@@ -26,6 +26,10 @@ from mezo_lightning.data.batch import Batch
 Value = float | None | Exception
 """Of one row: a reward, no opinion, or why it failed."""
 
+Note = float | str
+"""What a reward says of a row beside its value, for people to read; numbers are finite."""
+
+_LONGEST_NOTE = 2000  # characters
 _REWARD_KEYS = ("rewards", "reward", "score")
 _LOGS_KEY = "extra_logs"
 
@@ -36,8 +40,8 @@ class Answers:
 
     values: list[Value]
     """One a row."""
-    metrics: dict[str, list[float | None]] = field(default_factory=dict)
-    """Figures that the reward returned beside its values, one a row; None where a row has none."""
+    notes: dict[str, list[Note | None]] = field(default_factory=dict)
+    """What the reward returned beside its values, one note a row; None where a row has none."""
 
 
 def of_list(reward: str, result: Any, batch: Batch, completions: Sequence[str]) -> Answers:
@@ -53,7 +57,7 @@ def of_list(reward: str, result: Any, batch: Batch, completions: Sequence[str]) 
         ValueError: If that is no list of N values.
     """
     _refuse_coroutine(reward, result)
-    beside: dict[str, list[float | None]] = {}
+    beside: dict[str, list[Note | None]] = {}
     if isinstance(result, Mapping):
         result, rest = _reward_of_mapping(reward, result, "a list of numbers")
         beside = {name: column for name, value in rest.items() if (column := _column(value, len(batch)))}
@@ -66,7 +70,7 @@ def of_list(reward: str, result: Any, batch: Batch, completions: Sequence[str]) 
             f"Reward {reward} returned {len(entries)} values for {len(batch)} rows: one for each is needed."
         )
     answers = of_entries(reward, entries, batch, completions)
-    return Answers(answers.values, beside | answers.metrics)
+    return Answers(answers.values, beside | answers.notes)
 
 
 def of_entries(reward: str, entries: Sequence[Any], batch: Batch, completions: Sequence[str]) -> Answers:
@@ -82,14 +86,15 @@ def of_entries(reward: str, entries: Sequence[Any], batch: Batch, completions: S
         ValueError: If one of them is no value.
     """
     values: list[Value] = []
-    metrics: dict[str, list[float | None]] = {}
+    notes: dict[str, list[Note | None]] = {}
     for row, entry in enumerate(entries):
         _refuse_coroutine(reward, entry)
         value, beside = _entry(reward, entry, describe_row(batch, completions, row))
         values.append(value)
-        for name, number in beside.items():
-            metrics.setdefault(name, [None] * len(entries))[row] = number
-    return Answers(values, metrics)
+        for name, other in beside.items():
+            if (note := as_note(other)) is not None:
+                notes.setdefault(name, [None] * len(entries))[row] = note
+    return Answers(values, notes)
 
 
 def single(result: Any) -> Any:
@@ -104,8 +109,8 @@ def _singles(value: Any) -> Any:
     return {name: single(each) for name, each in value.items()} if isinstance(value, Mapping) else value
 
 
-def _entry(reward: str, entry: Any, where: str) -> tuple[Value, dict[str, float]]:
-    """The value of one row, and the figures beside it."""
+def _entry(reward: str, entry: Any, where: str) -> tuple[Value, dict[str, Any]]:
+    """The value of one row, and what stands beside it."""
     if entry is None or isinstance(entry, Exception):
         return entry, {}
     if is_number(entry):
@@ -113,8 +118,7 @@ def _entry(reward: str, entry: Any, where: str) -> tuple[Value, dict[str, float]
     if isinstance(entry, Mapping):
         value, rest = _reward_of_mapping(reward, entry, f"a number for {where}")
         if value is None or isinstance(value, Exception) or is_number(value):
-            figures = {name: as_float(other) for name, other in rest.items() if is_number(other)}
-            return (as_float(value) if is_number(value) else value), figures
+            return (as_float(value) if is_number(value) else value), rest
     if isinstance(entry, tuple) and (number := _reward_of_tuple(entry)) is not None:
         return number, {}
     raise ValueError(f"Reward {reward} returned {short(entry)} for {where}: a number or None is needed.")
@@ -147,12 +151,10 @@ def _as_list(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, (list, tuple)) else None
 
 
-def _column(value: Any, length: int) -> list[float | None]:
-    """A figure for each row; empty where these are none."""
+def _column(value: Any, length: int) -> list[Note | None]:
+    """A note on each row; empty where these are none."""
     entries = _as_list(value)
-    if entries is None or len(entries) != length or not any(map(is_number, entries)):
-        return []
-    return [as_float(entry) if is_number(entry) else None for entry in entries]
+    return [] if entries is None or len(entries) != length else [as_note(entry) for entry in entries]
 
 
 def _refuse_coroutine(reward: str, result: Any) -> None:
@@ -181,6 +183,16 @@ def as_float(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def as_note(value: Any) -> Note | None:
+    """What is kept of something said beside a value: a finite number or a text, cut if it is long; None for nothing."""
+    if value is None:
+        return None
+    if is_number(value):
+        number = as_float(value)
+        return number if math.isfinite(number) else None
+    return str(value)[:_LONGEST_NOTE] or None
 
 
 def describe_row(batch: Batch, completions: Sequence[str], row: int) -> str:

@@ -15,11 +15,11 @@ from typing import Any
 
 import tenacity
 
-from mezo_lightning.rewarding.answers import describe_row
+from mezo_lightning.rewarding.answers import Note, Value, describe_row
 from mezo_lightning.rewarding.arguments import Rows
-from mezo_lightning.rewarding.calls import InWorkers, Returned, Wait, caller_of
+from mezo_lightning.rewarding.calls import Wait, caller_of
 from mezo_lightning.rewarding.functions import NamedReward
-from mezo_lightning.rewarding.log import FailureLog, Tally, described
+from mezo_lightning.rewarding.log import FailureLog, Tally, described, listeners
 from mezo_lightning.rewarding.memory import Answer, Memory, Question, question
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,15 @@ class Heard:
     """Answers that were not known before."""
 
 
+@dataclass(frozen=True)
+class Calls:
+    """Calls under way about N rows."""
+
+    wait: Wait
+    notes: list[dict[str, Note]]
+    """What is said of each row beside its value, as it is said."""
+
+
 class Asker:
     """Asks one reward.
 
@@ -62,6 +71,8 @@ class Asker:
         self.failure_log = FailureLog(reward.name)
         self.by_row = reward.per_sample
         """Whether rows are asked about apart from one another, and remembered."""
+        self.waits = reward.remote and reward.is_async
+        """Whether asking is waiting for a service, so that one process can do it for all at no loss."""
         self._memory = memory
         self._patience = patience
         self._caller = caller_of(
@@ -114,42 +125,38 @@ class Asker:
         told = self.reward.told(rows.select(places))
         return {place: question(self.reward.identity, each) for place, each in zip(places, told, strict=True)}
 
-    def start(self, rows: Rows, tally: Tally) -> Wait:
+    def start(self, rows: Rows, tally: Tally) -> Calls:
         """Start the calls that some rows need."""
-        extras = {**rows.extras, **tally.extras(self.reward.name)}
-        if isinstance(self._caller, InWorkers):  # where a function of this process is of no use
-            extras = {name: value for name, value in extras.items() if not callable(value)}
-        return self._caller.start(self.reward.calls(dataclasses.replace(rows, extras=extras)))
+        notes: list[dict[str, Note]] = [{} for _ in range(len(rows))]
+        every = range(len(rows))
+        calls = []
+        for about in [[place] for place in every] if self.reward.convention.per_sample else [every]:
+            said = listeners(self.reward.name, tally, [notes[place] for place in about])
+            calls += self.reward.calls(dataclasses.replace(rows.select(about), extras={**rows.extras, **said}))
+        return Calls(self._caller.start(calls), notes)
 
-    def outcomes(self, returned: Sequence[Returned], rows: Rows, tally: Tally) -> list[Answer | Exception]:
+    def outcomes(self, calls: Calls, rows: Rows, tally: Tally) -> list[Answer | Exception]:
         """What calls said of some rows: an answer or why there is none, one a row.
 
         Raises:
             ValueError: For what the reward returned, if that is no list of values; or of the reward's own, if it has
                 never answered yet: it is set up wrongly.
         """
+        returned = calls.wait()
         tally.asked += len(rows)
         tally.seconds += [each.seconds for each in returned]
         errors = [each.value for each in returned if isinstance(each.value, ValueError)]
         if not self._has_answered and errors and len(errors) == len(returned):
             raise ValueError(f"Reward {self.reward.name} refused its first call: {errors[0]}") from errors[0]
         answers = self.reward.values([each.value for each in returned], rows)
-        outcomes = [self._outcome(value, answers.metrics, row) for row, value in enumerate(answers.values)]
-        for name, figures in answers.metrics.items():
-            tally.say(self.reward.name, name, figures)
+        for name, column in answers.notes.items():
+            tally.say(self.reward.name, name, column)
+            for taken, note in zip(calls.notes, column, strict=True):
+                if note is not None:
+                    taken.setdefault(name, note)
+        outcomes = [_outcome(*each) for each in zip(answers.values, calls.notes, strict=True)]
         tally.failed += sum(isinstance(outcome, Exception) for outcome in outcomes)
         return outcomes
-
-    @staticmethod
-    def _outcome(
-        value: float | Exception | None, figures: dict[str, list[float | None]], row: int
-    ) -> Answer | Exception:
-        if isinstance(value, Exception):
-            return value
-        if value is not None and not math.isfinite(value):
-            return NotFinite(f"returned {value}")
-        beside = {name: column[row] for name, column in figures.items()}
-        return Answer(value, {name: each for name, each in beside.items() if each is not None and math.isfinite(each)})
 
     def _heard(
         self,
@@ -222,12 +229,18 @@ class _Asking:
         self.rows = rows
         self._asker = asker
         self._tally = tally
-        self._wait: Wait | None = asker.start(rows, tally)
+        self._calls: Calls | None = asker.start(rows, tally)
 
     def outcomes(self) -> list[Answer | Exception]:
         """What came of the calls; of new ones, from the second time on."""
-        wait, self._wait = self._wait or self._asker.start(self.rows, self._tally), None
-        return self._asker.outcomes(wait(), self.rows, self._tally)
+        calls, self._calls = self._calls or self._asker.start(self.rows, self._tally), None
+        return self._asker.outcomes(calls, self.rows, self._tally)
+
+
+def _outcome(value: Value, notes: dict[str, Note]) -> Answer | Exception:
+    if value is None or isinstance(value, Exception):
+        return Answer(None, notes) if value is None else value
+    return Answer(value, notes) if math.isfinite(value) else NotFinite(f"returned {value}")
 
 
 def failure_text(reward: str, error: Exception, rows: Rows, place: int, others: int) -> str:

@@ -41,6 +41,20 @@ _MOST_WORKERS = 4  # each is a Python of its own, with all that the reward impor
 _LEAST_WORKERS = 2  # one to go on with while the other is killed and started again, which takes seconds
 
 
+class Listener:
+    """An argument of a call by which the function says something; one of another process is heard when it is done.
+
+    Args:
+        hear: Is called with whatever the function says.
+    """
+
+    def __init__(self, hear: Callable[..., None]):
+        self._hear = hear
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._hear(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Returned:
     """What came of one call."""
@@ -176,15 +190,18 @@ class InWorkers(Caller):
 
         begun = time.perf_counter()
         pool, ends = self._pool(), dict[Any, float]()
-        futures = []
+        futures, listening = [], []
         for arguments in calls:
-            future = pool.schedule(call, args=(self._path, dict(arguments)), timeout=self._timeout)
+            listeners = {name: value for name, value in arguments.items() if isinstance(value, Listener)}
+            told = {name: value for name, value in arguments.items() if name not in listeners}
+            future = pool.schedule(call, args=(self._path, told, tuple(listeners)), timeout=self._timeout)
             future.add_done_callback(lambda done: ends.setdefault(done, time.perf_counter()))
             futures.append(future)
+            listening.append(listeners)
 
         def wait() -> list[Returned]:
             try:
-                values = [self._value(future) for future in futures]
+                values = [self._value(*each) for each in zip(futures, listening, strict=True)]
             except BaseException:
                 for future in futures:
                     future.cancel()
@@ -196,11 +213,14 @@ class InWorkers(Caller):
 
         return wait
 
-    def _value(self, future: Future[bytes]) -> Any:
+    def _value(self, future: Future[bytes], listeners: Mapping[str, Listener]) -> Any:
         import concurrent.futures
 
         try:
-            return pickle.loads(future.result())
+            value, said = pickle.loads(future.result())
+            for name, args, kwargs in said:
+                listeners[name](*args, **kwargs)
+            return value
         except concurrent.futures.TimeoutError:  # Python 3.10 has two of them
             return _too_late(self._timeout)
         except Exception as error:  # the process crashed, or what it sent cannot be read here

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mezo_lightning.rewarding.answers import Answers, describe_row, short
 from mezo_lightning.rewarding.arguments import OFFERED, Parameters, Rows
-from mezo_lightning.rewarding.conventions import Convention
+from mezo_lightning.rewarding.conventions import Convention, listed
 from mezo_lightning.rewarding.identity import identity_of
 from mezo_lightning.rewarding.importing import importable, imported, path_of
 from mezo_lightning.rewarding.recognition import makes_rewards, multi_turn, recognise
@@ -216,11 +216,11 @@ def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> 
     try:
         made = function(**arguments)
     except TypeError as error:
-        raise ValueError(f"Reward {name} cannot be made with reward_kwargs={dict(arguments)}: {error}.") from error
+        raise ValueError(f"Reward {name} cannot be made with reward_kwargs ({listed(arguments)}): {error}.") from error
     if not callable(made):
         raise ValueError(
-            f"Reward {name} takes no completions, and what it made with reward_kwargs={dict(arguments)} is no reward "
-            f"either, for it cannot be called: {short(made)}."
+            f"Reward {name} takes no completions, and what it made with reward_kwargs ({listed(arguments)}) is no "
+            f"reward either, for it cannot be called: {short(made)}."
         )
     return made
 

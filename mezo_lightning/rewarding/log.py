@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import numbers
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from mezo_lightning.rewarding.answers import Note, as_float, as_note, is_number, short
+from mezo_lightning.rewarding.calls import Listener
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +45,10 @@ class Tally:
 
     def say(self, reward: str, name: str, values: Iterable[Any]) -> None:
         """Take note of figures that a reward gives; what is no finite number is left out."""
-        known = [float(value) for value in values if isinstance(value, numbers.Real) and math.isfinite(value)]
+        numbers = [as_float(value) for value in values if is_number(value)]
+        known = [value for value in numbers if math.isfinite(value)]
         if known:
             self.said[f"rewards/{reward}/{name}"] += known
-
-    def extras(self, reward: str) -> dict[str, Callable[..., None]]:
-        """``log_metric`` and ``log_extra``, as TRL gives them to rewards."""
-
-        def log_metric(name: str, value: Any) -> None:
-            self.say(reward, name, [value])
-
-        def log_extra(column: str, values: Sequence[Any]) -> None:
-            self.say(reward, column, values)
-
-        return {"log_metric": log_metric, "log_extra": log_extra}
 
     def calls(self) -> dict[str, float]:
         """How asking went; nothing where nobody was to be asked."""
@@ -72,6 +64,32 @@ class Tally:
     def statements(self) -> dict[str, float]:
         """What rewards said, as means."""
         return {name: math.fsum(values) / len(values) for name, values in sorted(self.said.items())}
+
+
+def listeners(reward: str, tally: Tally, notes: Sequence[dict[str, Note]]) -> dict[str, Listener]:
+    """``log_metric(name, value)`` and ``log_extra(column, values)``, as TRL gives them to rewards, for one call.
+
+    Args:
+        reward: The name of the reward.
+        tally: Takes note of figures.
+        notes: Of each completion that the call is about; what is said of it is put there.
+    """
+
+    def log_metric(name: str, value: Any) -> None:
+        tally.say(reward, name, [value])
+
+    def log_extra(column: str, values: Sequence[Any]) -> None:
+        if isinstance(values, str) or len(values) != len(notes):
+            raise ValueError(
+                f"log_extra({column!r}, ...) takes a list with an entry for each of {len(notes)} completions, and got "
+                f"{short(values)}"
+            )
+        tally.say(reward, column, values)
+        for taken, value in zip(notes, values, strict=True):
+            if (note := as_note(value)) is not None:
+                taken[str(column)] = note
+
+    return {"log_metric": Listener(log_metric), "log_extra": Listener(log_extra)}
 
 
 class FailureLog:

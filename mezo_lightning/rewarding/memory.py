@@ -3,7 +3,8 @@
 A question is what makes a reward say what it says: its identity, and all that it is told of a row. Only answers are
 kept, None (no opinion) too; never a failure. On disk they are in one SQLite file in WAL mode, which many processes may
 read and write at a time, of one machine: a network file system has no locks that WAL could use. The file holds a hash
-of each question and no text of it, and the first answer to a question is the one that stays.
+of each question and no text of it, and the first answer to a question is the one that stays, with the notes that the
+reward took.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import pickle
 import sqlite3
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mezo_lightning.rewarding.answers import Note
 
 Question = bytes
 """A hash of what is asked."""
@@ -33,8 +37,8 @@ class Answer:
 
     value: float | None
     """Finite; None for no opinion."""
-    figures: Mapping[str, float] = field(default_factory=dict)
-    """What it said beside that, for logs."""
+    notes: Mapping[str, Note] = field(default_factory=dict)
+    """What it said beside that, by name."""
 
 
 def question(identity: str, told: Mapping[str, Any]) -> Question | None:
@@ -119,13 +123,14 @@ class Disk:
         for some in _pieces(questions, _AT_ONCE):
             marks = ", ".join("?" * len(some))
             query = f"SELECT question, answer FROM answers WHERE question IN ({marks})"
-            found |= {key: _parse(text) for key, text in self._file.execute(query, some)}
+            with self._named():
+                found |= {key: _parse(text) for key, text in self._file.execute(query, some)}
         return found
 
     def write(self, answers: Mapping[Question, Answer]) -> None:
         """Add answers; what the file knows already stays."""
         rows = [(key, _text(answer)) for key, answer in answers.items()]
-        with self._file:  # one transaction
+        with self._named(), self._file:  # one transaction
             self._file.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", rows)
 
     def close(self) -> None:
@@ -137,12 +142,17 @@ class Disk:
     @property
     def _file(self) -> sqlite3.Connection:
         if self._open is None:
-            try:
+            with self._named():
                 self._open = self._opened()
                 weakref.finalize(self, self._open.close)
-            except (OSError, sqlite3.Error) as error:
-                raise ValueError(f"cache={str(self._path)!r} cannot be used: {error}. Give it another path.") from error
         return self._open
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise ValueError(f"cache={str(self._path)!r} cannot be used: {error}. Give it another path.") from error
 
     def _opened(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,12 +172,12 @@ class Disk:
 
 def _text(answer: Answer) -> str:
     assert answer.value is None or math.isfinite(answer.value), "only answers are kept"
-    return json.dumps({"value": answer.value} | ({"figures": dict(answer.figures)} if answer.figures else {}))
+    return json.dumps({"value": answer.value} | ({"notes": dict(answer.notes)} if answer.notes else {}))
 
 
 def _parse(text: str) -> Answer:
     fields = json.loads(text)
-    return Answer(fields["value"], fields.get("figures", {}))
+    return Answer(fields["value"], fields.get("notes", {}))
 
 
 def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

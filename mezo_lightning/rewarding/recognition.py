@@ -67,8 +67,10 @@ def recognise(reward: str, parameters: Parameters, convention: str | None = None
     if found == [_TASK_METHOD]:
         raise ValueError(
             f"Reward {reward} looks like {_TASK_METHOD}: it takes {listed(parameters.wanted)}, and there is no "
-            "rollout of verifiers here. Write a function of completion and answer; or, if it is something else, set "
-            f"convention to one of {', '.join(CONVENTIONS)}."
+            "rollout of verifiers here. Write a function of prompt, completion and columns that makes the task of a "
+            "row and calls the method with SimpleNamespace(last_reply=completion), or whatever it reads of a trace: "
+            "docs/rewards.md (Functions) shows one. Or, if it is something else, set convention to one of "
+            f"{', '.join(CONVENTIONS)}."
         )
     if len(found) > 1:
         raise ValueError(

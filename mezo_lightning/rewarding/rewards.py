@@ -3,14 +3,15 @@
 A failure never becomes a number (a 0.0 on one probe only would look like a slope): it ends the run, or it leaves out
 the sample. None is no failure, it leaves out one component of a sample, as in TRL.
 
-Of several processes, each asks about its own rows where a reward looks at rows one by one; rank zero asks where a
-reward needs the whole batch. All of them then know all answers.
+Of several processes, each asks about its own rows where a reward looks at rows one by one. Rank zero asks about all
+rows where a reward needs the whole batch, and where it only waits for a service (``Asker.waits``): limits on requests
+then hold for the whole job. All of them then know all answers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mezo_lightning.data.batch import Batch
 from mezo_lightning.probes import Probe
+from mezo_lightning.rewarding.answers import Note
 from mezo_lightning.rewarding.arguments import Rows
 from mezo_lightning.rewarding.asking import Asker, failure_text
 from mezo_lightning.rewarding.functions import RewardFunction, describe_row, named_rewards
@@ -39,6 +41,9 @@ class RewardValues:
 
     failed: Tensor
     """bool [N]: samples to leave out altogether, because one of their rewards could not be computed."""
+
+    notes: tuple[Mapping[str, Note], ...]
+    """N of them: what each reward said of a completion beside its value, as `{reward}/{name}`."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Rewards:
             if rank != probe.ranks.rank:
                 for part in parts:
                     self._memory.remember(part.received, lasting=False)
-        return _together([parts for parts, _ in found], len(batch), masked)
+        return self._together([parts for parts, _ in found], len(batch), masked)
 
     def startup(
         self,
@@ -156,7 +161,7 @@ class Rewards:
             asker.announce()
         rows = Rows(batch, completions, completion_ids, finish_reasons, _told(Probe()))
         parts, _ = self._asked(rows, Probe(), (), startup=True)
-        result = _together([parts], len(batch), ())
+        result = self._together([parts], len(batch), ())
         if bool(result.values.isnan().all()) and not bool(result.failed.any()):
             raise ValueError(
                 f"The rewards ({', '.join(self.names)}) had no opinion on any of the first {len(batch)} rows: "
@@ -178,8 +183,10 @@ class Rewards:
         waiting = []
         for component, asker in enumerate(self._askers):
             every = range(len(rows)) if probe.ranks.rank == 0 else range(0)
-            mine = [place for place in probe.ranks.share(len(rows)) if (place, component) not in masked]
-            waiting.append(asker.begin(rows, mine if asker.by_row else every, tally, startup=startup))
+            places = probe.ranks.share(len(rows)) if asker.by_row and not asker.waits else every
+            if asker.by_row:
+                places = [place for place in places if (place, component) not in masked]
+            waiting.append(asker.begin(rows, places, tally, startup=startup))
         heard = [finish() for finish in waiting]
         parts = []
         for component, (asker, each) in enumerate(zip(self._askers, heard, strict=True)):
@@ -187,6 +194,29 @@ class Rewards:
             _deal_with(asker, unexpected, rows, strict=startup and len(unexpected) == len(rows))
             parts.append(_Part(each.answers, set(unexpected), each.received))
         return parts, tally
+
+    def _together(
+        self, found: Sequence[Sequence[_Part]], size: int, masked: Collection[tuple[int, int]]
+    ) -> RewardValues:
+        """What all processes found out, as one.
+
+        Args:
+            found: By rank and reward.
+            size: How many rows there are.
+            masked: See ``__call__``.
+        """
+        values = torch.full((size, len(self._askers)), math.nan, dtype=torch.float64)
+        failed = torch.zeros(size, dtype=torch.bool)
+        notes: list[dict[str, Note]] = [{} for _ in range(size)]
+        for parts in found:
+            for component, (name, part) in enumerate(zip(self.names, parts, strict=True)):
+                for place, answer in part.answers.items():
+                    notes[place] |= {f"{name}/{what}": note for what, note in answer.notes.items()}
+                    if answer.value is not None and (place, component) not in masked:
+                        values[place, component] = answer.value
+                failed[list(part.failed)] = True
+        values[failed] = math.nan
+        return RewardValues(values, failed, tuple(notes))
 
 
 def _told(probe: Probe) -> dict[str, Any]:
@@ -212,23 +242,3 @@ def _deal_with(asker: Asker, failures: dict[int, Exception], rows: Rows, *, stri
         raise (ValueError if isinstance(error, ValueError) else RuntimeError)(text) from error
     for place, error in failures.items():
         asker.failure_log.note(error, describe_row(rows.batch, rows.completions, place))
-
-
-def _together(found: Sequence[Sequence[_Part]], size: int, masked: Collection[tuple[int, int]]) -> RewardValues:
-    """What all processes found out, as one.
-
-    Args:
-        found: By rank and reward.
-        size: How many rows there are.
-        masked: See ``Rewards``.
-    """
-    values = torch.full((size, len(found[0])), math.nan, dtype=torch.float64)
-    failed = torch.zeros(size, dtype=torch.bool)
-    for parts in found:
-        for component, part in enumerate(parts):
-            for place, answer in part.answers.items():
-                if answer.value is not None and (place, component) not in masked:
-                    values[place, component] = answer.value
-            failed[list(part.failed)] = True
-    values[failed] = math.nan
-    return RewardValues(values, failed)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Time-outs, repetitions and rates. Each process has its own: under several ranks the rates add up."""
+    """Time-outs, repetitions and rates. They hold for each process that asks; in a run that is rank zero alone."""
 
     timeout: float = 60.0
     """Seconds that one request may take from connecting to the last byte; then it is repeated."""

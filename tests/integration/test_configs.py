@@ -12,8 +12,7 @@ from helpers import Command, Outcome
 from jsonargparse import ArgumentParser
 
 from mezo_lightning.cli import main
-from mezo_lightning.objectives import Objective, RewardObjective
-from mezo_lightning.preferences import PreferenceObjective
+from mezo_lightning.objectives import Objective, PreferenceObjective, RewardObjective
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -106,12 +105,19 @@ def test_one_setting_of_a_reward_is_changed_as_the_page_says(here: Path, command
     assert (by_json["rows_per_request"], by_json["labels"]) == (4, "answers")
 
 
-@pytest.mark.parametrize("given", ["=4", " 4"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "init_args.rows_per_request=4",
+        "init_args.rows_per_request 4",
+        'init_args={"rows_per_request":4}',
+        "rows_per_request=4",
+    ],
+)
 def test_a_dotted_name_that_would_lose_the_other_settings_of_a_reward_is_refused(given: str, command: Command) -> None:
     configs = [f"--config={ROOT / 'configs' / name}" for name in ("quickstart.yaml", "reward-http.yaml")]
-    dotted = f"--model.objective.init_args.reward.init_args.rows_per_request{given}".split()
-    done = command("fit", *configs, *dotted)
-    assert "rows_per_request would put the reward's other settings back to their defaults" in str(done.code)
+    done = command("fit", *configs, *f"--model.objective.init_args.reward.{given}".split())
+    assert f"reward.{re.split('[ =]', given)[0]} would put the reward's other settings back to their" in str(done.code)
 
 
 def test_a_dotted_name_keeps_the_other_settings_of_an_oracle_and_of_a_function(here: Path, command: Command) -> None:
@@ -127,7 +133,7 @@ def test_a_dotted_name_keeps_the_other_settings_of_an_oracle_and_of_a_function(h
     assert (reward["timeout"], reward["name"], reward["function"]) == (5.0, "mine", "rewards.squad.f1")
 
 
-@pytest.mark.parametrize("page", ["docs/rewards.md", "examples/README.md"])
+@pytest.mark.parametrize("page", ["docs/rewards.md", "docs/parameter-spaces.md", "examples/README.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
@@ -148,7 +154,7 @@ def test_the_quickstart_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["quickstart-prefix", "quickstart-4bit", "quickstart-8bit"])
+@pytest.mark.parametrize("overlay", ["quickstart-prefix", "quickstart-4bit", "quickstart-qzo"])
 def test_the_quickstart_runs_in_other_parameter_spaces(
     overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from mezo_lightning import Generate, MeZO, MeZOModule, Pretrained
 from mezo_lightning.estimators import CentralDifference, Comparison
-from mezo_lightning.preferences import PreferenceObjective
+from mezo_lightning.objectives.preference import PreferenceObjective
 from mezo_lightning.reporting.records import RunRecords
 from rewards.pairwise import ByScore
 from rewards.reward_model import RewardModel
@@ -71,6 +71,9 @@ def test_votes_alone_win_over_the_base_model(tmp_path: Path, opt: Path, rows: Pa
     tuned = module(opt, win_rate=True)
     trainer.fit(tuned, data_of(rows, num_validation=8, batch_size=8))
     assert float(trainer.callback_metrics["val/win_rate"]) >= 0.9
+    [later] = trainer_of(tmp_path / "later", 1).validate(tuned, data_of(rows, num_validation=8), verbose=False)
+    assert "val/win_rate" not in later, "whoever has not seen the model before has nothing to compare with"
+    assert later["val/win_rate/known"] == 0.0
     for record in watch.records:
         assert abs(record.projected_grads[0]) <= 1
         assert record.metrics["preference"] == pytest.approx(-record.projected_grads[0])

@@ -17,8 +17,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, scal
         raise KeyError("no such thing")
     return {"score": scale * (solution_str == ground_truth), "length": len(solution_str)}
 
-async def later(completions, answer, log_metric=None, **columns):
+async def later(completions, answer, log_metric=None, log_extra=None, **columns):
     log_metric("asked", len(completions))
+    log_extra("why", [f"{len(text)} letters" for text in completions])
     return [None if text == "crash" else float(text == gold) for text, gold in zip(completions, answer)]
 
 def group(completions, answers, states):
@@ -70,7 +71,7 @@ def test_check_shows_convention_values_failures_and_time(here: Path, command: Co
         "ground_truth (column answer)",
         "Q: 1+2?",
         "KeyError: 'no such thing'",
-        "length 1.000",
+        "length: 1.000",
         "from 0.000 to 2.000; 2 different ones in 4 rows",
         "time: 3 calls",
         "one row is the same as another and was not asked about again",
@@ -82,7 +83,7 @@ def test_check_shows_convention_values_failures_and_time(here: Path, command: Co
 def test_check_of_async_rewards_with_no_opinion(here: Path, command: Command):
     done = command("reward", "check", "--reward", "mine.py:later", "--data", "rows.jsonl", "--num_rows", 3)
     assert done.code is None, done.output
-    for text in ("on an event loop", "no opinion (None): 1 of 3 rows", "rewards/later/asked 3.000"):
+    for text in ("on an event loop", "no opinion (None): 1 of 3 rows", "rewards/later/asked 3.000", "why: 5 letters"):
         assert text in done.output, done.output
 
 
@@ -178,6 +179,13 @@ def test_a_run_takes_rewards_of_any_convention(run: Path):
         assert step.metrics["rewards/letters_2"] <= min(step.metrics["rewards/letters"], 0.5)
         total = sum(step.metrics[f"rewards/{name}"] for name in ("letters", "verl", "later", "letters_2"))
         assert step.metrics["reward"] == pytest.approx(total)
+
+
+def test_what_rewards_say_of_a_completion_is_kept_with_it(run: Path):
+    for sample in RunRecords(run).samples():
+        letters = len(sample.completion)
+        assert sample.notes == {"verl/length": letters, "later/why": f"{letters} letters"}
+    assert "later/why: " in (run / "report.html").read_text()
 
 
 def test_the_run_s_own_reward_says_the_same_again(run: Path, command: Command, tmp_path: Path):

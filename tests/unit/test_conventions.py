@@ -4,7 +4,10 @@ The functions below have the signatures of other projects' own ones, named above
 """
 
 import inspect
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -16,6 +19,7 @@ from mezo_lightning.data.batch import Batch
 from mezo_lightning.rewarding.arguments import Rows
 from mezo_lightning.rewarding.conventions import CONVENTIONS
 from mezo_lightning.rewarding.functions import NamedReward, named_rewards
+from mezo_lightning.rewarding.rewards import Rewards
 from mezo_lightning.rewarding.settings import ConventionName, Reward
 
 COLUMNS = {
@@ -129,6 +133,25 @@ def test_two_matches_are_an_error_that_names_them(signature: str, candidates: st
 def test_no_match_is_an_error_that_says_what_there_is(signature: str, message: str):
     with pytest.raises(ValueError, match=message):
         named(with_signature(signature))
+
+
+def test_a_method_of_a_verifiers_task_is_adapted_as_the_page_says(monkeypatch: pytest.MonkeyPatch):
+    class Exact:
+        def __init__(self, data: SimpleNamespace):
+            self.data = data
+
+        async def exact_match(self, trace: SimpleNamespace) -> float:
+            return float(trace.last_reply == self.data.answer)
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text()
+    [block] = re.findall(r"```python\n(.*?my_environment.*?)```", page, re.DOTALL)
+    monkeypatch.setitem(sys.modules, "my_environment", SimpleNamespace(Exact=Exact, ExactData=SimpleNamespace))
+    names: dict[str, Any] = {}
+    exec(block, names)
+    with pytest.raises(ValueError, match=r"calls the method with SimpleNamespace\(last_reply=completion\)"):
+        NamedReward("exact_match", Exact(SimpleNamespace()).exact_match)
+    rows = rows_with(answer=("4", "blue"))
+    assert Rewards(names["exact"])(rows.batch, rows.completions).values[:, 0].tolist() == [1.0, 0.0]
 
 
 class AgentInstance:
@@ -250,7 +273,7 @@ def test_openrlhf_gets_lists_of_one():
     ]
     answers = reward.values(results, ROWS)
     assert answers.values == [0.5, 0.25]
-    assert answers.metrics == {"scores": [1.0, None], "length": [3.0, None]}
+    assert answers.notes == {"scores": [1.0, None], "length": [3.0, None]}
 
 
 def test_openrlhf_and_prime_by_position_where_they_are_chosen():
@@ -329,9 +352,9 @@ def test_values_of_functions_of_one_row(result: Any, value: float | None):
     assert answers.values == [value, 2.0]
 
 
-def test_figures_beside_a_value_are_kept():
+def test_notes_beside_a_value_are_kept():
     answers = named(with_signature("solution_str")).values([{"score": 1, "acc": True, "pred": "x"}, 0.5], ROWS)
-    assert answers.metrics == {"acc": [1.0, None]}
+    assert answers.notes == {"acc": [1.0, None], "pred": ["x", None]}
 
 
 @pytest.mark.parametrize(
@@ -359,10 +382,10 @@ def test_values_of_functions_of_all_rows(result: Any):
     assert named(with_signature("completions")).values([result], ROWS).values == [1.0, 0.5]
 
 
-def test_figures_of_a_batch():
+def test_notes_on_a_batch():
     result = {"rewards": [1, 0.5], "scores": np.array([0.1, 0.2]), "extra_logs": {"n": [3, 4], "text": ["a", "b"]}}
     answers = named(with_signature("completions")).values([result], ROWS)
-    assert answers.metrics == {"scores": [0.1, 0.2], "n": [3.0, 4.0]}
+    assert answers.notes == {"scores": [0.1, 0.2], "n": [3.0, 4.0], "text": ["a", "b"]}
 
 
 @pytest.mark.parametrize(

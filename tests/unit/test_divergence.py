@@ -9,13 +9,13 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from mezo_lightning.completers import ChooseOption, Completer, Completions
-from mezo_lightning.divergence import Divergence, without_adapter
 from mezo_lightning.encoding import Encoding
 from mezo_lightning.estimators import CentralDifference
 from mezo_lightning.evaluators import Copy
 from mezo_lightning.generation import Generate
 from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.objectives import RewardObjective
+from mezo_lightning.objectives.divergence import Divergence, without_adapter
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.steps import Point
 

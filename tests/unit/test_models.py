@@ -1,4 +1,5 @@
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from mezo_lightning.encoding import Encoding
 from mezo_lightning.generation import Generate
 from mezo_lightning.models.pretrained import Pretrained, base_model, export
 from mezo_lightning.objectives import CrossEntropy
+from mezo_lightning.sharding.loading import empty_model
+from mezo_lightning.sharding.pretrained_files import PretrainedFiles
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
@@ -61,6 +64,21 @@ def test_clear_messages_for_what_cannot_be_loaded(folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickles"):
         Pretrained(str(folder)).load()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_without_its_head_is_refused_and_one_whose_head_is_tied_is_not(folder, make_model, sharded):
+    def load():
+        pretrained = Pretrained(str(folder))
+        return PretrainedFiles(folder, empty_model(pretrained, torch.float32, folder)) if sharded else pretrained.load()
+
+    load()  # OPT ties its head
+    make_model("opt").model.save_pretrained(folder)
+    load()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match=r"holds no weights? .*'lm_head\.weight'"):
+        load()
 
 
 def test_smollm2_says_how_to_get_it(monkeypatch):

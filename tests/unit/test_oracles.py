@@ -16,7 +16,7 @@ from mezo_lightning.evaluators import Samples
 from mezo_lightning.generation import Generate
 from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.objectives import CrossEntropy, RewardObjective
-from mezo_lightning.preferences import PreferenceObjective, check_estimator, comparison
+from mezo_lightning.objectives.preference import PreferenceObjective, check_estimator, comparison
 from mezo_lightning.probes import Probe
 from mezo_lightning.rewarding.log import Tally
 from mezo_lightning.rewarding.oracles import Oracle
@@ -257,7 +257,7 @@ def test_the_win_rate_is_against_what_was_written_before_the_first_step(make_mod
     model = make_model("opt")
     objective = PreferenceObjective(longer, Generate(max_new_tokens=8), win_rate=True)
     bound = objective.bind(model, tokenizer, Encoding())
-    first = bound.measure(make_batch(), seed=1, probe=Probe(step=0))
+    first = bound.measure(make_batch(), seed=1, probe=Probe(first=True))
     assert first.metrics["win_rate"].tolist() == [0.5] * 4
     assert bound.measure(make_batch(), seed=1, probe=Probe(step=1)).metrics["win_rate"].tolist() == [0.5] * 4
     assert not bound.take_tally().calls(), "nobody is asked about two completions that are the same"
@@ -275,10 +275,21 @@ def test_the_win_rate_is_against_what_was_written_before_the_first_step(make_mod
 
 def test_no_win_rate_is_measured_against_what_nobody_has_seen(make_model, tokenizer, make_batch, caplog):
     objective = PreferenceObjective(longer, Generate(max_new_tokens=8), win_rate=True)
-    late, loaded = (objective.bind(make_model("opt"), tokenizer, Encoding()) for _ in range(2))
-    loaded.load_state_dict({})  # of a run without win_rate: what it is validated with are not the base's weights
-    for bound, step in ((late, 5), (loaded, 0)):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            assert "win_rate" not in bound.measure(make_batch(), seed=1, probe=Probe(step=step)).metrics
-        assert "no win rate is measured" in caplog.text
+    bound = objective.bind(make_model("opt"), tokenizer, Encoding())
+    with caplog.at_level(logging.WARNING):
+        for step in (0, 5):  # step 0 is also that of a tuned model whose trainer is another one
+            assert bound.measure(make_batch(), seed=1, probe=Probe(step=step)).metrics["win_rate"].isnan().all()
+    assert caplog.text.count("0 of the 4 rows of a batch have a win rate") == 1
+
+
+def test_rows_that_were_not_written_to_before_have_no_win_rate(make_model, tokenizer, make_batch):
+    model = make_model("opt")
+    bound = PreferenceObjective(longer, Generate(max_new_tokens=8), win_rate=True).bind(model, tokenizer, Encoding())
+    first = bound.measure(make_batch().select([1, 3]), seed=1, probe=Probe(first=True))
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 0.2 * torch.randn(320, 32, generator=torch.Generator().manual_seed(0))
+    later = bound.measure(make_batch(), seed=1, probe=Probe(step=5))
+    votes = longer(None, [later.completions[place] for place in (1, 3)], first.completions)
+    assert later.metrics["win_rate"][[1, 3]].tolist() == [0.5 + 0.5 * vote for vote in votes]
+    assert later.metrics["win_rate"].isnan().tolist() == [True, False, True, False]
+    assert later.metrics["win_rate/known"].tolist() == [0.0, 1.0, 0.0, 1.0]

@@ -46,7 +46,9 @@ def test_records_come_back_as_they_went(tmp_path):
     records = RunRecords(tmp_path / "made" / "on" / "demand")
     steps = [step_record(1), step_record(2, skipped="non-finite objective", identical_fraction=None)]
     validation = ValidationRecord(0, 1.5, {"reward": 0.25}, rows=8)
-    sample = SampleRecord(0, 3, 'line\nbreak "quoted" \u2028 é \ud800', "", {"reward": 1.0})
+    sample = SampleRecord(
+        0, 3, 'line\nbreak "quoted" \u2028 é \ud800', "", {"reward": 1.0}, {"f1/why": "é", "f1/n": 2.5}
+    )
     for record in (*steps, validation, sample):
         records.append(record)
     records.write_info(INFO)

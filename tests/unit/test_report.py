@@ -54,8 +54,8 @@ def vote(number: int) -> StepRecord:
     return step(number, objective={}, projected_grads=[-0.2], metrics=metrics, calls={"asked": 8.0, "failed": 0.0})
 
 
-def win_rates(*values: float, rows: int = 100) -> list[ValidationRecord]:
-    return [ValidationRecord(i * 10, 0.0, {"win_rate": v}, rows) for i, v in enumerate(values)]
+def win_rates(*values: float, rows: int = 100, known: float = 1.0) -> list[ValidationRecord]:
+    return [ValidationRecord(10 * i, 0.0, {"win_rate": v, "win_rate/known": known}, rows) for i, v in enumerate(values)]
 
 
 STEPS = [step(i) for i in range(1, 21)]
@@ -118,6 +118,7 @@ def test_a_change_counts_only_where_so_many_rows_can_tell():
     assert resolution("reward", *many) == pytest.approx(2 * 0.5 / 2000**0.5)
     assert resolution("reward", *rewards(0.0, 0.0, rows=100)) > 0
     assert resolution("win_rate", *win_rates(0.5, 1.0, rows=100)) == pytest.approx(0.1)  # two sd of 100 coins
+    assert resolution("win_rate", *win_rates(0.5, 1.0, rows=400, known=0.25)) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,7 @@ def test_a_change_counts_only_where_so_many_rows_can_tell():
         (STEPS, losses(2.0, 1.0, 1.5), "Held-out objective was best at step 10 (1.000) and ended at 1.500."),
         (STEPS, rewards(0.3, 0.9)[1:], "trainer.num_sanity_val_steps=-1"),
         (VOTES, [], "win_rate: true in the PreferenceObjective"),
+        (VOTES, win_rates(0.5, 0.9, known=0.25), "25 of 100 held-out rows have a win rate"),
         (VOTES, win_rates(0.5, 0.9, 0.6), "Held-out win rate against the start was best at step 10 (0.900)"),
     ],
 )
@@ -320,6 +322,16 @@ def test_the_page_shows_what_a_person_wants_to_know(tmp_path):
     assert "abcdef" not in text
 
 
+def test_what_rewards_said_of_a_completion_stands_below_it(tmp_path):
+    notes = {0: {"f1/why": "<b>wrong</b>", "f1/n": 0.5}, 20: {"f1/why": "x" * 500}}
+    samples = [SampleRecord(step, 0, "p", f"text {step}", {"reward": 0.5}, note) for step, note in notes.items()]
+    _, page = read(write_report(run_folder(tmp_path, STEPS, rewards(0.5, 0.5, every=20), samples=samples)))
+    assert "f1/why: <b>wrong</b>" in page.text
+    assert "f1/n: 0.500" in page.text
+    assert "x" * 200 in page.text
+    assert "x" * 300 not in page.text
+
+
 def test_a_run_by_votes_is_shown_in_votes(tmp_path):
     rates = ((0, 0.5), (1, 1.0), (2, 0.0), (3, 0.5), (4, float("nan")))
     samples = [
@@ -336,6 +348,8 @@ def test_a_run_by_votes_is_shown_in_votes(tmp_path):
     cells = [dict(attributes).get("data-name") for tag, attributes in page.tags if tag == "td"]
     assert cells.count("Better") == 5
     assert "Score" not in cells
+    write_report(run_folder(tmp_path / "partly", VOTES, win_rates(0.5, 0.9, known=0.25)))
+    assert "mean over 25 of 100 held-out rows" in (tmp_path / "partly" / "report.html").read_text()
 
 
 def test_samples_without_scores_have_no_column_for_them(tmp_path):

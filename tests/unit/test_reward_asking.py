@@ -254,13 +254,58 @@ def test_what_a_reward_says_beside_is_logged() -> None:
         return [1.0] * len(completions)
 
     rewards = Rewards(reward)
-    rewards(BATCH, SAID)
+    notes = rewards(BATCH, SAID).notes
+    assert [{**each} for each in notes] == [
+        {"reward/length": n, "reward/verdict": "good"} for n in (1.0, 2.0, 3.0, 6.0)
+    ]
     tally = rewards.take_tally()
     assert tally.statements() == {"rewards/reward/cost": 4.0, "rewards/reward/length": 3.0}
     calls = tally.calls()
     assert (calls["asked"], calls["failed"], calls["hit_rate"]) == (4.0, 0.0, 0.0)
     assert 0 < calls["seconds_p50"] <= calls["seconds_p95"]
     assert rewards.take_tally().calls() == {}, "they were taken"
+
+
+NOTES = """
+def by_row(completion, gold, log_extra):
+    log_extra("letters", [len(completion)])
+    log_extra("why", [f"{completion} is not {gold}"])
+    return {"score": 1.0, "pred": completion[:1], "nothing": None}
+
+def at_once(completions, gold, log_extra):
+    import torch
+
+    log_extra("letters", torch.tensor([len(text) for text in completions]))
+    log_extra("why", [f"{text} is not {right}" for text, right in zip(completions, gold)])
+    log_extra(column="pred", values=tuple(text[:1] for text in completions))
+    log_extra("nothing", [None] * len(completions))
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(("name", "timeout"), [("by_row", None), ("at_once", None), ("by_row", 60)])
+def test_a_remembered_answer_has_the_notes_of_a_fresh_one(name: str, timeout: float | None, tmp_path: Path) -> None:
+    (tmp_path / "noting.py").write_text(NOTES)
+    settings = Reward(f"{tmp_path}/noting.py:{name}", per_sample=True, timeout=timeout, name="r")
+    expected = [
+        {"r/letters": float(len(text)), "r/why": f"{text} is not {gold}", "r/pred": text[:1]}
+        for text, gold in zip(SAID, BATCH.columns["gold"], strict=True)
+    ]
+    rewards, later = (Rewards(settings, cache=str(tmp_path / "answers.sqlite")) for _ in range(2))
+    for asked, hit_rate in ((rewards, 0.0), (rewards, 1.0), (later, 1.0)):
+        assert [{**each} for each in asked(BATCH, SAID).notes] == expected
+        assert asked.take_tally().calls()["hit_rate"] == hit_rate
+
+
+def test_notes_that_fit_no_rows_are_refused() -> None:
+    def reward(completions: list[str], log_extra: Any) -> list[float]:
+        log_extra("why", "good")
+        return [1.0] * len(completions)
+
+    with pytest.raises(
+        ValueError, match=r"log_extra\('why', ...\) takes a list with an entry for each of 4 completions"
+    ):
+        Rewards(reward)(BATCH, SAID)
 
 
 # -- masks of another run ----------------------------------------------------------------------------------------------
@@ -414,6 +459,21 @@ def test_each_row_is_asked_about_once_in_the_whole_job() -> None:
     assert by_row[0].asked == {"a": 1, "bb": 1}
     assert by_row[1].asked == {"ccc": 1, "dddd": 1}, "what the other rank was answered is known here too"
     assert at_once == [dict.fromkeys(SAID, 2), {}]
+
+
+def test_limits_on_requests_hold_for_the_whole_job() -> None:
+    class Service(Counted):
+        async def __call__(self, prompts: list[str], completions: list[str], gold: list[str]) -> list[Any]:
+            return super().__call__(prompts, completions, gold)
+
+    services = [Service(), Service()]
+
+    def ask(ranks: Ranks) -> Any:
+        rewards = Rewards(services[ranks.rank])
+        return rewards(BATCH, SAID, probe=Probe(ranks=ranks), masked={(1, 0)}).values[:, 0].nan_to_num(-1).tolist()
+
+    assert on_two_ranks(ask) == [[1, -1, 3, 4]] * 2
+    assert [service.asked for service in services] == [{"a": 1, "ccc": 1, "dddd": 1}, {}], "rank zero asks for all"
 
 
 def test_masks_agree_and_errors_reach_all_ranks() -> None:

@@ -117,7 +117,7 @@ def test_a_worker_finds_what_importable_names(tmp_path: Path, monkeypatch: pytes
     paths = [named(function).importable, named(f"{tmp_path}/plain_lengths.py:length").importable]
     assert paths == ["plain_lengths:length", f"{tmp_path}/plain_lengths.py:length"]
     code = "import pickle; from rewards._worker import call\n"
-    code += f"for path in {paths}: print(pickle.loads(call(path, {{'completion': 'abc'}})))"
+    code += f"for path in {paths}: print(pickle.loads(call(path, {{'completion': 'abc'}}))[0])"
     environment = {**os.environ, "PYTHONPATH": f"{EXAMPLES.parents[1]}:{tmp_path}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["3", "3"], done.stderr

@@ -2,6 +2,7 @@
 
 import datetime
 import multiprocessing
+import sqlite3
 import threading
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def test_what_has_no_content_is_no_question() -> None:
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_answers_are_kept_none_too(on_disk: bool, tmp_path: Path) -> None:
     memory = Memory(tmp_path / "folder" / "answers.sqlite" if on_disk else None)
-    answers = {A: Answer(0.1 + 0.2), B: Answer(None, {"cost": 2.0})}
+    answers = {A: Answer(0.1 + 0.2), B: Answer(None, {"cost": 2.0, "why": "no √opinion"})}
     memory.remember(answers)
     assert memory.recall([A, B, C, None]) == answers
     again = Memory(tmp_path / "folder" / "answers.sqlite" if on_disk else None)
@@ -122,3 +123,15 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"cache='.*' cannot be used: .*Give it another path"):
             Memory(path).recall([A])
     assert (tmp_path / "notes.txt").read_text().startswith("These are my notes")
+
+
+def test_a_file_that_fails_later_is_named_too(tmp_path: Path) -> None:
+    memory = Memory(tmp_path / "answers.sqlite")
+    memory.remember({A: Answer(1.0)})
+    with sqlite3.connect(tmp_path / "answers.sqlite") as other:
+        other.execute("DROP TABLE answers")
+    other.close()
+    for use in (lambda: memory.remember({B: Answer(1.0)}), lambda: memory.recall([C])):
+        with pytest.raises(ValueError, match=r"cache='.*' cannot be used: no such table"):
+            use()
+    memory.close()

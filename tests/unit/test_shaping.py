@@ -93,7 +93,7 @@ def test_wrappers_keep_the_convention_of_what_they_wrap():
         answers = reward.values(results, rows)
         assert answers.values == [1.0, 1.0], function
         if function is verl:
-            assert answers.metrics == {"acc": [1.0, 0.0]}, "only the reward is changed"
+            assert answers.notes == {"acc": [1.0, 0.0]}, "only the reward is changed"
 
 
 def test_what_a_reward_says_of_itself_is_said_by_its_wrapper():
@@ -117,6 +117,22 @@ def test_the_format_gate_looks_at_the_completion():
     assert gate(completions=texts, answers=["answer red answer"] * 2)[0] > 0.0
     chat = [[{"role": "assistant", "content": text}] for text in texts]
     assert FormatGate(returning([1.0, 1.0]), pattern="<answer>.*</answer>")(completions=chat) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([torch.tensor(1.0), torch.tensor(1.0)], [0.0, 1.0]),
+        ([np.float32(1.0), np.float32(1.0)], [0.0, 1.0]),
+        ([{"score": 1.0, "n": 3}, ("label", 1.0)], [{"score": 0.0, "n": 3}, ("label", 1.0)]),
+        ([("label", 1.0), {"score": 1.0}], [("label", 0.0), {"score": 1.0}]),
+        ({"rewards": [1.0, 1.0], "n": [3, 3]}, {"rewards": [0.0, 1.0], "n": [3, 3]}),
+        ([DOWN, None], [DOWN, None]),
+        ([None, 1.0], [None, 1.0]),
+    ],
+)
+def test_a_gate_stands_before_values_of_every_form(values: Any, expected: Any):
+    assert gated(returning(values))(completions=["wrong", "x"]) == expected
 
 
 def test_terms_are_rewards():

@@ -86,9 +86,9 @@ class Divergence:
         """Fp64 [N], on the CPU, for N prompts and what was written to each."""
         rows = [(*self._prompt(prompt, len(ids)), *ids) for prompt, ids in zip(prompts, said.ids, strict=True)]
         lengths = [len(ids) for ids in said.ids]
-        tuned = self._log_probs(rows, lengths)
+        tuned = self._scorer.log_probs(rows, lengths)
         with without_adapter(self._model):
-            base = self._log_probs(rows, lengths)
+            base = self._scorer.log_probs(rows, lengths)
         ratios = [one - other for one, other in zip(tuned, base, strict=True)]
         terms = ratios if self._estimator == "k1" else [torch.expm1(-ratio) + ratio for ratio in ratios]
         return torch.stack([each.mean() for each in terms]).cpu()
@@ -109,11 +109,6 @@ class Divergence:
 
     def _prompt(self, prompt: str, length: int) -> tuple[int, ...]:
         return self._encoder.prompt(prompt, reserve=length if self._reserve is None else self._reserve)
-
-    def _log_probs(self, rows: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> list[Tensor]:
-        """Fp64 [lengths[i]] for each row: the log-probabilities of its last tokens, each given all before it."""
-        logits = self._scorer.logits([row[:-1] for row in rows], max(lengths))
-        return [_picked(kept[-n:], row[-n:]) for kept, row, n in zip(logits, rows, lengths, strict=True)]
 
 
 @contextmanager
@@ -173,10 +168,3 @@ def _with_a_base(model: CausalLM, beta: float) -> PeftModel:
     if left:
         raise ValueError(_OVERWRITTEN.format(beta, f"{len(left)} of its own weights ({left[0]}, ...)"))
     return model
-
-
-def _picked(logits: Tensor, ids: Sequence[int]) -> Tensor:
-    """Fp64 [n]: log-probabilities, computed in fp32, of n tokens under logits [n, V]."""
-    scores = logits.float()
-    picked = scores.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
-    return (picked - scores.logsumexp(-1)).double()

@@ -1,18 +1,11 @@
-"""What training minimises, sample by sample: cross-entropy, or a reward of what the model answers.
+"""Rewards of what the model writes, as an objective.
 
-An ``Objective`` is configuration; bound to a model it measures a batch at the model's current weights. Per-sample
-values, not means, are what paired masking, logs and exact reductions need. Rewards are maximised and objectives
-minimised: the sign flips in this file and nowhere else.
-
-``CrossEntropy`` with options is MeZO's training loss for classification (Malladi et al., 2023, appendix E): the
-cross-entropy over the options' mean log-probabilities per token. Without options MeZO averages over all tokens of the
-batch; we average over each sample's tokens first, so that a sample weighs the same whatever it is batched with.
+Rewards are maximised and objectives minimised: the sign flips in this file and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,188 +14,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mezo_lightning.completers import BoundCompleter, ChooseOption, Completer, Completions
+from mezo_lightning.completers import BoundCompleter, Completer, Completions
 from mezo_lightning.data.batch import Batch
-from mezo_lightning.divergence import Divergence, KLEstimator, check_adapter
 from mezo_lightning.encoding import Encoder, Encoding
 from mezo_lightning.evaluators import Samples
 from mezo_lightning.generation import Generate
+from mezo_lightning.objectives.base import BoundObjective, Objective, complaint, unmeasured
+from mezo_lightning.objectives.divergence import Divergence, KLEstimator, check_adapter
 from mezo_lightning.probes import Probe
 from mezo_lightning.processes.ranks import Ranks
 from mezo_lightning.rewarding.log import Tally
 from mezo_lightning.rewarding.masks import RecordedMasks
 from mezo_lightning.rewarding.rewards import OnFailure, Rewards, RewardValues
 from mezo_lightning.rewarding.settings import Reward
-from mezo_lightning.scoring import OptionScorer, TargetScorer, scorer_for
 
 if TYPE_CHECKING:
     from mezo_lightning.models.pretrained import CausalLM, Pretrained
-
-
-class BoundObjective(ABC):
-    """An objective at work on one model."""
-
-    @abstractmethod
-    def lacks(self, batch: Batch) -> str | None:
-        """What the rows lack to be measured, such as a label or a reward's column, in words; None if nothing."""
-
-    @abstractmethod
-    def check(self, batch: Batch, *, measured: bool = True) -> None:
-        """Raise ValueError, naming the row, for what cannot be evaluated; without the model, so fit for a whole split.
-
-        Args:
-            batch: The rows, as many as there are.
-            measured: Whether they are to be measured; False where they are only to be completed.
-        """
-
-    def check_ranks(self, ranks: Ranks) -> None:
-        """Raise ValueError where the processes of the job cannot measure together."""
-        del ranks
-
-    @abstractmethod
-    def startup(self, batch: Batch) -> Samples:
-        """Measure one real batch before the first step; whatever is wrong raises, even where failures are masked.
-
-        Args:
-            batch: Some rows of the training data.
-        """
-
-    @abstractmethod
-    def samples(self, batch: Batch, *, seed: int) -> Samples:
-        """Measure a batch at the model's current weights.
-
-        Args:
-            batch: The rows.
-            seed: Of the step: decides the noise of sampled decoding, which all probes of a step share.
-        """
-
-    @abstractmethod
-    def complete(self, batch: Batch, *, seed: int) -> Samples:
-        """What the model answers, not measured: no value is valid, and there are no metrics.
-
-        Args:
-            batch: The rows; they may lack what measuring needs.
-            seed: See ``samples``.
-        """
-
-    def measure(self, batch: Batch, *, seed: int, probe: Probe = Probe()) -> Samples:  # noqa: B008  (frozen)
-        """Measure a batch by all ranks together, in micro-batches.
-
-        Args:
-            batch: All rows, on every rank.
-            seed: See ``samples``.
-            probe: Who measures, and when.
-        """
-        return probe.collect(batch, lambda part: self.samples(part, seed=seed))
-
-    def predict(self, batch: Batch, *, seed: int, probe: Probe = Probe()) -> Samples:  # noqa: B008  (frozen)
-        """Measure a batch, or only complete it where its rows lack what measuring needs.
-
-        Args:
-            batch: All rows, on every rank.
-            seed: See ``samples``.
-            probe: Who measures, and when.
-        """
-        if self.lacks(batch) is None:
-            return self.measure(batch, seed=seed, probe=probe)
-        return probe.collect(batch, lambda part: self.complete(part, seed=seed))
-
-    def take_tally(self) -> Tally:
-        """What there is to say about asking rewards since this was last called."""
-        return Tally()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed has to know of this one; plain data, for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, perhaps in another process; empty where a checkpoint holds nothing."""
-        del state
-
-
-class Objective(ABC):
-    """What to minimise."""
-
-    @property
-    @abstractmethod
-    def autoregressive(self) -> bool:
-        """Whether the model runs many times at the same weights, which the evaluator ``Copy`` suits better."""
-
-    def check_model(self, pretrained: Pretrained) -> None:
-        """Raise ValueError for a model that cannot serve, before it is loaded."""
-        del pretrained
-
-    @abstractmethod
-    def bind(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> BoundObjective:
-        """Set to work on one model.
-
-        Args:
-            model: The model, in eval mode.
-            tokenizer: Its tokenizer.
-            encoding: How text becomes tokens.
-        """
-
-
-@dataclass(frozen=True)
-class CrossEntropy(Objective):
-    """Mean negative log-probability of the target's tokens; with options, cross-entropy over the options."""
-
-    @property
-    def autoregressive(self) -> bool:
-        """One forward does it."""
-        return False
-
-    def bind(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> BoundObjective:
-        """Set to work on one model."""
-        encoder = encoding.bind(model, tokenizer)
-        choice = ChooseOption().bind(model, encoder)
-        return _BoundCrossEntropy(scorer_for(model, encoder), OptionScorer(model, encoder), choice)
-
-
-class _BoundCrossEntropy(BoundObjective):
-    def __init__(self, scorer: TargetScorer, option_scorer: OptionScorer, choice: BoundCompleter):
-        self._scorer = scorer
-        self._option_scorer = option_scorer
-        self._choice = choice
-
-    def lacks(self, batch: Batch) -> str | None:
-        return complaint(lambda: _targets(batch) if batch.options is None else _answers(batch))
-
-    def check(self, batch: Batch, *, measured: bool = True) -> None:
-        if not measured:
-            _check_there_is_a_choice(batch)
-            self._choice.check(batch)
-        elif batch.options is None:
-            self._scorer.check(batch.index, zip(batch.prompts, _targets(batch), strict=True))
-        else:
-            _answers(batch)
-            self._option_scorer.check(batch)
-
-    def startup(self, batch: Batch) -> Samples:
-        return self.samples(batch, seed=0)
-
-    @torch.inference_mode()
-    def samples(self, batch: Batch, *, seed: int) -> Samples:
-        del seed  # nothing is drawn
-        return self._over_tokens(batch) if batch.options is None else self._over_options(batch)
-
-    @torch.inference_mode()
-    def complete(self, batch: Batch, *, seed: int) -> Samples:
-        _check_there_is_a_choice(batch)
-        return unmeasured(self._choice.complete(batch, seed=seed).texts)
-
-    def _over_tokens(self, batch: Batch) -> Samples:
-        scores = self._scorer(batch.prompts, _targets(batch))
-        loss = -scores.mean
-        return _samples(loss, {"loss": loss, "tokens": scores.tokens.double()})
-
-    def _over_options(self, batch: Batch) -> Samples:
-        scores = self._option_scorer(batch)
-        answers = torch.tensor(_answers(batch), device=scores.device)
-        loss = -scores.log_softmax(-1).gather(-1, answers[:, None])[:, 0]
-        chosen = scores.argmax(-1)
-        texts = tuple(texts[place].strip() for texts, place in zip(batch.options or (), chosen.tolist(), strict=True))
-        return _samples(loss, {"loss": loss, "accuracy": (chosen == answers).double()}, texts)
 
 
 @dataclass(frozen=True)
@@ -357,44 +184,5 @@ class _BoundReward(BoundObjective):
         total = weighted.nansum(-1).masked_fill(~valid.any(-1), torch.nan)
         metrics = {f"rewards/{name}": rewards[:, i] for i, name in enumerate(self._rewards.names)}
         metrics |= {"reward": total, "tokens": torch.tensor([float(len(ids)) for ids in said.ids])}
-        samples = Samples(-weighted.masked_fill(~valid, 0.0), valid, said.texts, metrics)
+        samples = Samples(-weighted.masked_fill(~valid, 0.0), valid, said.texts, metrics, values.notes)
         return samples if self._divergence is None else self._divergence.penalised(samples, divergence)
-
-
-def _samples(loss: Tensor, metrics: dict[str, Tensor], texts: tuple[str, ...] | None = None) -> Samples:
-    return Samples(loss[:, None], torch.ones_like(loss[:, None], dtype=torch.bool), texts, metrics)
-
-
-def unmeasured(texts: tuple[str, ...]) -> Samples:
-    """Completions that nobody has measured: no value is valid."""
-    values = torch.zeros(len(texts), 1, dtype=torch.float64)
-    return Samples(values, torch.zeros_like(values, dtype=torch.bool), texts)
-
-
-def complaint(check: Callable[[], object]) -> str | None:
-    """What a check finds fault with, in the words of its ValueError; None if it passes."""
-    try:
-        check()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _check_there_is_a_choice(batch: Batch) -> None:
-    if batch.options is None:
-        raise ValueError(
-            "CrossEntropy writes no text, and without options there is none to choose: give the data module options, "
-            "or set model.objective to a RewardObjective, whose completer writes"
-        )
-
-
-def _targets(batch: Batch) -> tuple[str, ...]:
-    if batch.targets is None:
-        raise ValueError("CrossEntropy needs something to predict: give the data module a target, or options")
-    return batch.targets
-
-
-def _answers(batch: Batch) -> tuple[int, ...]:
-    if batch.answers is None:
-        raise ValueError("CrossEntropy over options needs to know the right one: give the data module a label")
-    return batch.answers

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mezo_lightning.completers import BoundCompleter, Completer
@@ -23,7 +24,7 @@ from mezo_lightning.estimators import Estimator
 from mezo_lightning.evaluators import Compare, Preferences, Samples
 from mezo_lightning.generation import Generate
 from mezo_lightning.models.quantised import warn_of_small_epsilon
-from mezo_lightning.objectives import BoundObjective, Objective, complaint, unmeasured
+from mezo_lightning.objectives.base import BoundObjective, Objective, complaint, unmeasured
 from mezo_lightning.probes import Probe
 from mezo_lightning.rewarding.log import Tally
 from mezo_lightning.rewarding.oracles import Oracle
@@ -117,7 +118,6 @@ class BoundPreference(BoundObjective):
         self._win_rate = win_rate
         self._before: dict[tuple[int, str], str] = {}
         """What the model wrote before the first step, by row and prompt."""
-        self._resumed = False  # from here on, step 0 may be that of a tuned model
         self._warned = False
 
     def lacks(self, batch: Batch) -> str | None:
@@ -141,26 +141,38 @@ class BoundPreference(BoundObjective):
         if not self._win_rate or probe.round is not None:
             return samples
         rows = list(zip(batch.index, batch.prompts, strict=True))
-        if probe.step == 0 and not self._resumed:
+        if probe.first:
             self._before |= dict(zip(rows, samples.completions or (), strict=True))
-        if not self._before.keys() >= set(rows):
-            self._warn()
-            return samples
-        before = replace(samples, completions=tuple(self._before[row] for row in rows))
-        order = derive_seed(seed, probe.step, _ORDER)
-        [preference] = self.compare(batch, [(samples, before)], seed=order, probe=probe).values
-        return replace(samples, metrics={**samples.metrics, "win_rate": (1 + preference) / 2})
+        rate = self._rate(batch, rows, samples.completions or (), seed, probe)
+        known = (~rate.isnan()).double()
+        return replace(samples, metrics={**samples.metrics, "win_rate": rate, "win_rate/known": known})
+
+    def _rate(
+        self, batch: Batch, rows: Sequence[tuple[int, str]], texts: Sequence[str], seed: int, probe: Probe
+    ) -> Tensor:
+        """Fp64 [N]: 1 where a text is better than before, 0 where it is worse; NaN where nobody knows."""
+        known = [place for place, row in enumerate(rows) if row in self._before]
+        if len(known) < len(rows):
+            self._warn(len(known), len(rows))
+        rate = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+        if known:
+            now, before = zip(*((texts[place], self._before[rows[place]]) for place in known), strict=True)
+            order, pairs = derive_seed(seed, probe.step, _ORDER), [(unmeasured(now), unmeasured(before))]
+            [rate[known]] = (1 + self.compare(batch.select(known), pairs, seed=order, probe=probe).values) / 2
+        return rate
 
     def predict(self, batch: Batch, *, seed: int, probe: Probe = Probe()) -> Samples:  # noqa: B008  (frozen)
         """Only write: a prediction has nothing to be compared with."""
         return probe.collect(batch, lambda part: self.complete(part, seed=seed))
 
-    def _warn(self) -> None:
+    def _warn(self, known: int, rows: int) -> None:
         if not self._warned:
             self._warned = True
             log.warning(
-                "no win rate is measured: what the model wrote to these rows before the first step is not known; "
-                "trainer.num_sanity_val_steps=-1 has it written down"
+                "%d of the %d rows of a batch have a win rate: what the model wrote to the others before the first "
+                "step of its run is not known. trainer.num_sanity_val_steps=-1 has it written down for all rows, and a "
+                "run's checkpoints hold it (ckpt_path)",
+                *(known, rows),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,7 +181,6 @@ class BoundPreference(BoundObjective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._before = dict(state.get("before", {}))
-        self._resumed = True
 
     @torch.inference_mode()
     def complete(self, batch: Batch, *, seed: int) -> Samples:
