@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from mezo_lightning.models.quantised import dense_adapter, dense_model, quantised_names
+from mezo_lightning.models.quantised import dense_adapter, dense_model, plain_tensors, quantised_names
 from mezo_lightning.models.virtual_tokens import (
     PREFIX,
     check_attention,
@@ -77,7 +77,7 @@ def with_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
         else:  # embeddings belong to no layer and have no heads, but PEFT asks for them
             embeddings: Any = model.get_input_embeddings()
             set_sizes(config, 1, 1, embeddings.weight.shape[1])
-    with _plain_tensors(), torch.random.fork_rng(devices=[]), _quiet():
+    with plain_tensors(), torch.random.fork_rng(devices=[]), _quiet():
         torch.default_generator.manual_seed(ADAPTER_SEED)  # torch.manual_seed would reseed the GPUs too
         wrapped = cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=False))
     for parameter in wrapped.parameters():
@@ -106,15 +106,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # between PEFT and transformers
         yield
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """New tensors in fp32 on the CPU, so that an adapter starts alike under whatever defaults Lightning sets."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(before)

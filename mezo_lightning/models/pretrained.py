@@ -6,9 +6,10 @@ weights of one dtype in eval mode, from safetensors or GGUF only: a ``.bin`` fil
 is opened. On top of it may come an adapter (``adapters.py``), and the weights under that may be quantised
 (``quantised.py``).
 
-``export`` writes what ``AutoModelForCausalLM.from_pretrained`` opens: adapters merged, quantised weights dense, and
-models that came from GGUF made serialisable again (transformers refuses to save them although every weight is a plain
-tensor). Virtual tokens, which nothing can be merged with, become a folder of PEFT's.
+``export`` writes what ``AutoModelForCausalLM.from_pretrained`` opens: adapters merged, quantised weights dense unless
+their scales were tuned (``scales.py``), and models that came from GGUF made serialisable again (transformers refuses to
+save them although every weight is a plain tensor). Virtual tokens, which nothing can be merged with, become a folder of
+PEFT's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,7 +29,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from mezo_lightning.folders import new_folder
 from mezo_lightning.models.adapters import adapter_config, merged, with_adapter
 from mezo_lightning.models.kinds import Kind, adapter_for, auto_class
-from mezo_lightning.models.quantised import guard, quantisation_of, quantise, quantised_names
+from mezo_lightning.models.quantised import (
+    guard,
+    has_tuned_scales,
+    keep_layout,
+    plain_tensors,
+    quantisation_of,
+    quantise,
+    quantised_names,
+)
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -63,16 +72,23 @@ class Pretrained:
     """regular expression for the names of the parameters to tune, such as bias; null: all (of the adapter, with one)"""
     quantization: dict[str, Any] | None = None
     """a transformers quantisation configuration, such as {quant_method: bitsandbytes, load_in_4bit: true}, for a base
-    that stays as it is under an adapter, or under the dense weights that trainable names"""
+    that stays as it is under an adapter, or under the dense weights that trainable names; `trainable: log_scales` tunes
+    the scales of what bitsandbytes has quantised"""
     kind: Kind = "causal"
     """causal: it writes on (OPT, Llama); masked: it fills in the [MASK] of its prompts (BERT, RoBERTa)"""
 
     def __post_init__(self) -> None:
-        """Refuse to tune what cannot be perturbed."""
+        """Refuse to tune what cannot be perturbed, and what cannot be a pattern."""
+        if self.trainable is not None:
+            try:
+                re.compile(self.trainable)
+            except re.error as error:
+                raise ValueError(f"trainable={self.trainable!r} is no regular expression: {error}") from error
         if self.quantization is not None and self.adapter is None and self.trainable is None:
             raise ValueError(
                 "quantization: quantised weights cannot be perturbed; add an adapter, such as adapter: {peft_type: "
-                "LORA, r: 8}, or name the dense weights to tune with trainable"
+                "LORA, r: 8}, or name the dense weights to tune with trainable, or tune the scales of the quantised "
+                "ones, trainable: log_scales"
             )
         if self.quantization is not None and self.virtual_tokens:
             raise ValueError(
@@ -100,15 +116,37 @@ class Pretrained:
         options |= {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
         if quantization is not None and not gguf_file:
             options |= {"quantization_config": quantization, "device_map": {"": "cpu"}}
-        with torch.device("cpu"):  # Lightning's default is the run's, which transformers would take for a device map
-            model = auto_class(self.kind, self.name, source, options).from_pretrained(source, dtype=dtype, **options)
+        with plain_tensors():  # Lightning's default device is the run's, which transformers would take for a device map
+            opened_by = auto_class(self.kind, self.name, source, options)
+            model, found = opened_by.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+            self._check_complete(model, found["missing_keys"])
             if quantization is not None and gguf_file:
                 model = quantise(_serialisable(model), quantization)
         codes = quantised_names(model) if quantization is not None else ()
         self.check_dense({p.dtype for name, p in model.named_parameters() if name not in codes}, dtype)
         if codes:
             guard(model)
+        if codes and self.quantization is not None and self.quantization["quant_method"] == "bitsandbytes":
+            self._prepare_bitsandbytes(model)
         return self.adapt(model)
+
+    def _check_complete(self, model: PreTrainedModel, missing: Collection[str]) -> None:
+        """Refuse a checkpoint that lacks parameters, which transformers has filled with random numbers."""
+        names = [name for name, _ in model.named_parameters() if name in missing]  # those that are tied have another
+        if names:
+            some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"name={self.name!r} holds no weights for {len(names)} parameters of {type(model).__name__} ({some}): "
+                "they would be random numbers. Give a checkpoint of the whole model, its head included; where the head "
+                "is the embedding, set tie_word_embeddings to true in its config.json"
+            )
+
+    def _prepare_bitsandbytes(self, model: PreTrainedModel) -> None:
+        keep_layout(model)
+        if self.adapter is None and self.trainable is not None:
+            from mezo_lightning.models.scales import add_scales
+
+            add_scales(model, self.trainable)
 
     def adapt(self, model: PreTrainedModel) -> CausalLM:
         """The loaded model with the adapter on top, what is not to be tuned frozen, in eval mode."""
@@ -175,16 +213,23 @@ def export(model: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Pa
     these alone and names their base, for ``peft.AutoPeftModelForCausalLM.from_pretrained``.
 
     Args:
-        model: The model; it is not changed. A PEFT adapter is merged on a copy, and quantised weights are made dense.
+        model: The model; it is not changed. A PEFT adapter is merged on a copy, and quantised weights are made dense,
+            unless their scales were tuned: those stay in 8 or 4 bits.
         tokenizer: Its tokenizer.
         folder: A folder that does not exist, or is empty.
     """
     folder = Path(folder)
     with new_folder(folder) as partial:
-        alone = merged(model)
+        alone = _with_tuned_scales(model) if has_tuned_scales(model) else merged(model)
         (_serialisable(alone) if isinstance(alone, PreTrainedModel) else alone).save_pretrained(str(partial))
         tokenizer.save_pretrained(partial)
     return folder
+
+
+def _with_tuned_scales(model: CausalLM) -> CausalLM:
+    from mezo_lightning.models.scales import folded
+
+    return folded(model)
 
 
 def _check_folder(folder: Path, gguf_file: str | None) -> None:
@@ -226,13 +271,13 @@ def _unpacked() -> dict[str, Any]:
 
 
 def _freeze_others(model: CausalLM, pattern: str) -> None:
-    try:
-        fitting = {name for name, _ in model.named_parameters() if re.search(pattern, name)}
-    except re.error as error:
-        raise ValueError(f"trainable={pattern!r} is no regular expression: {error}") from error
+    fitting = {name for name, _ in model.named_parameters() if re.search(pattern, name)}
     codes = sorted(fitting.intersection(quantised_names(model)))
     if codes and isinstance(model, PreTrainedModel):
-        raise ValueError(f"trainable={pattern!r} fits {codes[0]!r}: quantised weights cannot be perturbed")
+        raise ValueError(
+            f"trainable={pattern!r} fits {codes[0]!r}: quantised weights cannot be perturbed; their scales can, "
+            "trainable: log_scales"
+        )
     names = {name for name, p in model.named_parameters() if p.requires_grad and name in fitting}
     if not names:
         example = next(iter(name for name, p in model.named_parameters() if p.requires_grad))

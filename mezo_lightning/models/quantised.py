@@ -2,7 +2,8 @@
 
 transformers quantises while it loads, by any of its own configurations. The base is a function of the model's name and
 that configuration, so that a replay finds it again. What is quantised cannot be perturbed and stays frozen: a
-checkpoint holds it all the same, and is refused where the model has been quantised otherwise. An export is dense again.
+checkpoint holds it all the same, and is refused where the model has been quantised otherwise. An export is dense again,
+unless it is the scales of the quantised weights that were tuned (``scales.py``).
 
 A quantised forward is coarse. On a small OPT with bitsandbytes, projected gradients at an epsilon of 1e-3 were off by
 15 to 30 %: hence ``SMALL_EPSILON``.
@@ -14,7 +15,8 @@ import copy
 import importlib.util
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,6 +30,18 @@ if TYPE_CHECKING:
 
 SMALL_EPSILON = 3e-3
 """Below this, the two probes of a direction differ by little more than a quantised forward's own coarseness."""
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """New tensors in fp32 on the CPU, whatever defaults Lightning sets: bf16-true would round what codes stand for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def quantisation_of(quantization: Mapping[str, Any], dtype: torch.dtype) -> QuantizationConfigMixin:
@@ -96,9 +110,27 @@ def guard(model: nn.Module) -> None:
             module.register_load_state_dict_pre_hook(_compare)
 
 
+def keep_layout(model: nn.Module) -> None:
+    """Have 4-bit layers of bitsandbytes compute with their weights as they are.
+
+    On a CPU with AVX512-BF16 they would repack them at the first forward, and round their scales to bf16, which they
+    then save in another shape than they were in: no checkpoint would fit.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantised_names(model: nn.Module) -> list[str]:
     """The parameters of a model that hold codes instead of numbers."""
     return [name for name, p in model.named_parameters() if not p.is_floating_point()]
+
+
+def has_tuned_scales(model: nn.Module) -> bool:
+    """Whether scales of quantised weights are among a model's parameters."""
+    return any(name.endswith(".log_scales") for name, _ in model.named_parameters())
 
 
 def dense_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,7 @@ PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
     ("opt", PREFIX, "reward", "auto"),
     ("llama", PROMPT, "loss", "leaf_scratch"),
 ])  # fmt: skip
-def test_tunes_and_replays(
+def test_tunes_resumes_and_replays(
     kind: str, adapter: dict[str, Any], objective: str, evaluator: str, command: Command,
     request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path,
 ):  # fmt: skip
@@ -28,9 +28,15 @@ def test_tunes_and_replays(
     assert done.code is None, done.output
     assert all(record.skipped is None for record in steps_of(tmp_path / "run"))
 
+    parts = [*words, "--run_dir", tmp_path / "parts"]
+    for more in (["--trainer.max_steps", 1], ["--ckpt_path", "last"]):
+        done = command("fit", "--config", config, *parts, *more)
+        assert done.code is None, done.output
+    assert (tmp_path / "parts/trajectory.bin").read_bytes() == (tmp_path / "run/trajectory.bin").read_bytes()
+
     command("replay", "--trajectory", tmp_path / "run", "--output", tmp_path / "replayed")
     command("replay", "--trajectory", tmp_path / "run", "--output", tmp_path / "base", "--steps", 0)
-    checkpoint = tmp_path / "run/checkpoints/last.ckpt"
+    checkpoint = tmp_path / "parts/checkpoints/last.ckpt"
     command("export", "--checkpoint", checkpoint, "--output", tmp_path / "exported")
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("replayed", "exported", "base")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -82,6 +82,14 @@ def test_a_checkpoint_is_of_one_quantisation(opt: Path, folders: dict[str, Path]
             loaded(folder, another).load_state_dict(state)
 
 
+def test_a_forward_changes_nothing_on_any_cpu(opt: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = loaded(opt, NF4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 @pytest.mark.parametrize("quantization", BITS)
 def test_an_export_is_dense_and_computes_the_same(
@@ -144,10 +152,16 @@ def test_a_small_epsilon_is_warned_of():
         warn_of_small_epsilon(3e-3)
 
 
-@pytest.mark.parametrize("quantization", BITS)
-def test_tunes_replays_and_exports(quantization: Any, command: Command, reward_config: Path, tmp_path: Path):
-    words: list[Any] = ["--model.pretrained.adapter", json.dumps(LORA)]
-    words += ["--model.pretrained.quantization", json.dumps(quantization), "--trainer.max_steps", 2]
+@pytest.mark.parametrize(("quantization", "tuned"), [
+    pytest.param(NF4, ["--model.pretrained.adapter", json.dumps(LORA)], id="4bit-lora"),
+    pytest.param(INT8, ["--model.pretrained.adapter", json.dumps(LORA)], id="8bit-lora"),
+    pytest.param(NF4, ["--model.pretrained.trainable", "log_scales", "--trainer.precision", "bf16-true"], id="4bit"),
+    pytest.param(INT8, ["--model.pretrained.trainable", "log_scales"], id="8bit"),
+])  # fmt: skip
+def test_tunes_replays_and_exports(
+    quantization: Any, tuned: list[str], command: Command, reward_config: Path, tmp_path: Path
+):
+    words: list[Any] = [*tuned, "--model.pretrained.quantization", json.dumps(quantization), "--trainer.max_steps", 2]
     done = command(
         "fit", "--config", reward_config, "--run_dir", tmp_path / "run", *words, "--trainer.limit_val_batches", 0
     )
@@ -155,15 +169,20 @@ def test_tunes_replays_and_exports(quantization: Any, command: Command, reward_c
     assert all(record.skipped is None for record in steps_of(tmp_path / "run"))
     command("replay", "--trajectory", tmp_path / "run", "--output", tmp_path / "replayed")
     command("export", "--checkpoint", tmp_path / "run/checkpoints/last.ckpt", "--output", tmp_path / "exported")
-    files = [tmp_path / name / "model.safetensors" for name in ("replayed", "exported")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    command("replay", "--trajectory", tmp_path / "run", "--output", tmp_path / "base", "--steps", 0)
+    files = [tmp_path / name / "model.safetensors" for name in ("replayed", "exported", "base")]
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
 
 
-@pytest.mark.parametrize("quantization", BITS)
-def test_resumes_on_the_same_base_alone(quantization: Any, opt: Path, rows: Path, tmp_path: Path):
+@pytest.mark.parametrize(("quantization", "what"), [
+    pytest.param(NF4, {"adapter": LORA}, id="4bit-lora"),
+    pytest.param(INT8, {"adapter": LORA}, id="8bit-lora"),
+    pytest.param(NF4, {"trainable": "log_scales"}, id="4bit"),
+])  # fmt: skip
+def test_resumes_on_the_same_base_alone(quantization: Any, what: dict[str, Any], opt: Path, rows: Path, tmp_path: Path):
     def fit(steps: int, folder: str, checkpoint: str | None = None, how: Any = quantization) -> MeZOModule:
         module = MeZOModule(
-            Pretrained(str(opt), adapter=LORA, quantization=how),
+            Pretrained(str(opt), **what, quantization=how),
             CrossEntropy(),
             optimizer=functools.partial(MeZO, lr=1e-3),
             estimator=CentralDifference(EPSILON),
