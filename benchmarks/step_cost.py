@@ -11,16 +11,15 @@ allocated (CUDA) bytes. The weights are random: neither time nor memory depends 
 
 import argparse
 import gc
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from _heading import print_heading
 from torch import Tensor
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedModel
 
@@ -197,10 +196,7 @@ def main() -> None:
     if args.memory_of:
         print_peak_memory(args, *shapes[args.shapes[0]])
         return
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"# Cost of one step, {args.model} shape, {str(args.dtype).removeprefix('torch.')}\n")
-    print(f"{date.today()}, {device}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"`python benchmarks/{' '.join(sys.argv).split('/')[-1]}`\n")
+    print_heading(f"Cost of one step, {args.model} shape, {str(args.dtype).removeprefix('torch.')}", args.device)
     for shape, (batch, tokens) in shapes.items():
         times, peaks = measure_times(args, batch, tokens), measure_memory(args, shape)
         completed = f", {args.new_tokens} tokens completed" if args.new_tokens else ""

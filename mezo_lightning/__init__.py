@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mezo_lightning.dense import DenseAdam, DenseMomentum
 from mezo_lightning.estimators import (
     FZOO,
     GRZO,
@@ -27,6 +28,7 @@ from mezo_lightning.optimizer import MeZO
 from mezo_lightning.rowwise.evaluator import Rowwise
 from mezo_lightning.samplers import Gaussian, Rademacher, derive_seed
 from mezo_lightning.scaled import Scaled
+from mezo_lightning.sparse import Sparse
 from mezo_lightning.steps import GradientEstimate, Point, Step
 from mezo_lightning.structured import LowRank, Subset
 from mezo_lightning.trajectory import Header, Trajectory, replay
@@ -40,8 +42,7 @@ if TYPE_CHECKING:
     from mezo_lightning.generation import Generate
     from mezo_lightning.models.pretrained import Pretrained
     from mezo_lightning.module import MeZOModule
-    from mezo_lightning.objectives import CrossEntropy, RewardObjective
-    from mezo_lightning.preferences import PreferenceObjective
+    from mezo_lightning.objectives import CrossEntropy, PreferenceObjective, RewardObjective
     from mezo_lightning.rewarding.settings import Reward
 
 _LAZY = {
@@ -50,7 +51,7 @@ _LAZY = {
     "Encoding": "encoding",
     "Generate": "generation",
     "MeZOModule": "module",
-    "PreferenceObjective": "preferences",
+    "PreferenceObjective": "objectives",
     "Pretrained": "models.pretrained",
     "PromptDataModule": "data",
     "Reward": "rewarding.settings",
@@ -68,6 +69,8 @@ __all__ = [
     "Cone",
     "Copy",
     "CrossEntropy",
+    "DenseAdam",
+    "DenseMomentum",
     "Encoding",
     "Flipout",
     "ForwardDifference",
@@ -96,6 +99,7 @@ __all__ = [
     "ScalarAdam",
     "Scaled",
     "Sign",
+    "Sparse",
     "Standardize",
     "Step",
     "Subset",

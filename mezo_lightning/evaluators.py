@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,6 +43,8 @@ class Samples:
     """What the model wrote, if it was asked to write."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """[N] each, NaN where there is none: what else is worth a log."""
+    notes: tuple[Mapping[str, float | str], ...] | None = None
+    """N of them: what was said of each sample beside its values, by name, for people to read."""
 
     @staticmethod
     def of(values: Tensor) -> Samples:
@@ -55,12 +57,13 @@ class Samples:
         """The samples of several micro-batches as those of one batch."""
         if len(parts) == 1:
             return parts[0]
-        texts = [part.completions for part in parts]
+        texts, notes = [part.completions for part in parts], [part.notes for part in parts]
         return Samples(
             torch.cat([part.values for part in parts]),
             torch.cat([part.valid for part in parts]),
             None if texts[0] is None else tuple(text for some in texts for text in some or ()),
             {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics},
+            None if notes[0] is None else tuple(note for some in notes for note in some or ()),
         )
 
 
@@ -225,20 +228,26 @@ class Evaluator(ABC):
             compare: Compares samples of two points where they have no values; it runs at the weights as they are.
         """
 
+        def measured() -> Samples:
+            result = objective()
+            return result if isinstance(result, Samples) else Samples.of(result)
+
         def evaluate(points: Sequence[Point]) -> Evaluation:
-            samples = []
-            with (
-                torch.inference_mode(),
-                uninterrupted() as interruptible,
-                closing(self.visit(points)) as visits,
-            ):
-                for _ in visits:
-                    with interruptible:
-                        result = objective()
-                    samples.append(result if isinstance(result, Samples) else Samples.of(result))
+            with torch.inference_mode(), uninterrupted() as interruptible:
+                samples = list(self._measure(points, measured, interruptible))
             return Evaluation.of(points, samples, self.min_valid_fraction, compare)
 
         return evaluate
+
+    def _measure(
+        self, points: Sequence[Point], objective: Callable[[], Samples], interruptible: AbstractContextManager[None]
+    ) -> Iterator[Samples]:
+        """The objective at each point; user's code runs in ``interruptible``."""
+        with closing(self.visit(points)) as visits:
+            for _ in visits:
+                with interruptible:
+                    samples = objective()
+                yield samples
 
 
 class Copy(Evaluator):

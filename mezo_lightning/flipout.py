@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mezo_lightning.layout import Layout
-from mezo_lightning.samplers import Directions, Gaussian, Rademacher, Sampler, chunk_numel, derive_seed
+from mezo_lightning.samplers import Directions, Gaussian, Rademacher, Sampler, check_inner, chunk_numel, derive_seed
 
 if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo
@@ -37,6 +37,9 @@ class Flipout(Sampler):
     """The directions U that a step shares."""
     seed: int = 0
     """Decides the shared directions, together with the number of the step."""
+
+    def __post_init__(self) -> None:
+        check_inner("Flipout", self.sampler)
 
     def bind(self, table: Sequence[ParameterInfo]) -> FlipoutDirections:
         return FlipoutDirections(self, table)

@@ -9,22 +9,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from mezo_lightning.evaluators import Evaluator
+from mezo_lightning.evaluators import Evaluator, Samples
 from mezo_lightning.interrupts import uninterrupted
+from mezo_lightning.lockstep import Lockstep
+from mezo_lightning.outside_use import ADVICE, OutsideUse
 from mezo_lightning.parameters import ParameterSpace, Slice
 from mezo_lightning.samplers import chunk_numel
 from mezo_lightning.steps import Point
 
-_ADVICE = "use the evaluator Copy (in YAML: evaluator: copy), or freeze it"
+_SPARED = 8
+"""Two runs in lockstep part where a layer gives more numbers than this part of all weights."""
+
+
+class _Product(NamedTuple):
+    """What a linear layer is to do."""
+
+    module: nn.Linear
+    input: Tensor
+    dtype: torch.dtype | None
+    """Of its output, if not that of weights and input."""
 
 
 class LeafScratch(Evaluator):
@@ -36,10 +47,18 @@ class LeafScratch(Evaluator):
     Args:
         model: The module whose submodules hold the parameters of ``space``.
         space: The trainable parameters, all of them held whole by this process.
+        lockstep: Run the objective at the two points of a pair, theta + c z and theta - c z, by turns, from one linear
+            layer to the next, so that z is made once for both: a third less work beside the forwards of a step. The
+            second run is in a thread of its own, and ends last. The objective must not draw random numbers, nor change
+            anything that its next call would find changed. The values are the same. Not done where a module that has
+            parameters of its own runs others within its forward; and where a layer's output is large, above an eighth
+            of the trainable weights, the runs part, for the memory of a forward is to do.
         min_valid_fraction: See ``Evaluator``.
     """
 
-    def __init__(self, model: nn.Module, space: ParameterSpace, *, min_valid_fraction: float = 0.5):
+    def __init__(
+        self, model: nn.Module, space: ParameterSpace, *, lockstep: bool = False, min_valid_fraction: float = 0.5
+    ):
         super().__init__(space, min_valid_fraction=min_valid_fraction)
         slices = {id(piece.parameter): piece for piece in space.slices}
         self._owners: dict[nn.Module, list[Slice]] = {}
@@ -57,6 +76,7 @@ class LeafScratch(Evaluator):
             if weight is not None
         }
         self._leaves = {m for m in self._owners if not any(c in self._owners for c in m.modules() if c is not m)}
+        self._lockstep = lockstep and len(self._leaves) == len(self._owners)
         # One leaf runs at a time, so that all leaves share one buffer.
         size = max(
             (_nbytes(self._owners[m]) for m in self._leaves if m not in self._lookups and m not in self._linears),
@@ -66,7 +86,10 @@ class LeafScratch(Evaluator):
         self._scratch_user: nn.Module | None = None
         self._blocks = {module: _rows_at_once(module, chunk_numel(space.device)) for module in self._linears}
         size = max((_nbytes([w]) // m.out_features * self._blocks[m] for m, (w, _) in self._linears.items()), default=0)
+        size *= 2 if self._lockstep else 1
         self._block = torch.empty(-(-size // 4) * 4, dtype=torch.uint8, device=space.device)
+        self._numel = sum(map(len, space.slices))
+        self._runs: Lockstep[_Product, Tensor, Samples] | None = None
         self._masters: dict[int, tuple[Tensor, Tensor]] = {}
         self._users: Counter[int] = Counter()  # modules that are running, for each parameter: they may be nested
         self._unused = set(self._names.values())
@@ -74,6 +97,44 @@ class LeafScratch(Evaluator):
         self._point = Point()
 
     def visit(self, points: Sequence[Point]) -> Generator[Point, None, None]:
+        with self._hooked():
+            for point in points:
+                self._point = point
+                with nullcontext() if self._checked else OutsideUse(self._names, self._users):
+                    yield point
+                self._check_all_used()
+                self._release()
+
+    def _measure(
+        self, points: Sequence[Point], objective: Callable[[], Samples], interruptible: AbstractContextManager[None]
+    ) -> Iterator[Samples]:
+        if not (self._lockstep and self._checked):
+            yield from super()._measure(points, objective, interruptible)
+            return
+        with self._hooked():
+            for pair in _pairs(points):
+                self._point = pair[0]
+                with interruptible:
+                    samples = (objective(),) if len(pair) == 1 else self._in_lockstep(pair, objective)
+                yield from samples
+                self._release()
+
+    def _in_lockstep(self, pair: Sequence[Point], objective: Callable[[], Samples]) -> tuple[Samples, ...]:
+        def turn(run: int) -> None:
+            self._point = pair[run]
+
+        def serve(products: dict[int, _Product]) -> list[Tensor]:
+            return self._products([(pair[run], product) for run, product in products.items()])
+
+        self._runs = Lockstep(objective, serve, self._are_for_both, turn, self.space.device)
+        try:
+            return self._runs()
+        finally:
+            self._runs = None
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        """Within this, each module runs at ``self._point``."""
         hooks, patched = [], []
         # Around all other hooks: those may compute from the weights (not from those of linear layers), or change the
         # output.
@@ -88,12 +149,7 @@ class LeafScratch(Evaluator):
                 hooks.append(module.register_forward_pre_hook(self._enter, prepend=True))
                 hooks.append(module.register_forward_hook(self._leave))
         try:
-            for point in points:
-                self._point = point
-                with nullcontext() if self._checked else _OutsideUse(self._names, self._users):
-                    yield point
-                self._check_all_used()
-                self._release()
+            yield
         finally:
             with uninterrupted():
                 for hook in hooks:
@@ -124,7 +180,7 @@ class LeafScratch(Evaluator):
             if not self._point.terms or id(parameter) in self._masters:
                 continue
             weights, scratch = scratch[: _nbytes([piece])].view(parameter.dtype), scratch[_nbytes([piece]) :]
-            self.space.perturb(piece, self._point, weights[: len(piece)])
+            self.space.perturb(piece, [(self._point, weights[: len(piece)])])
             self._masters[id(parameter)] = (parameter, parameter.data)
             parameter.data = weights[: len(piece)].view(parameter.shape)
 
@@ -159,46 +215,77 @@ class LeafScratch(Evaluator):
         return output
 
     def _linear(self, module: nn.Linear, input: Tensor) -> Tensor:
-        """The forward of a linear layer at the point, a block of rows of its weight at a time."""
-        weight, bias = self._linears[module]
+        """The forward of a linear layer at the point."""
+        weight, _ = self._linears[module]
         if module.weight is not weight.parameter:  # another one stands in for it, as in functional_call
             return F.linear(input, module.weight, module.bias)
+        # Products into a buffer are not autocast.
+        kind = input.device.type
+        product = _Product(module, input, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        return self._products([(self._point, product)])[0] if self._runs is None else self._runs.ask(product)
+
+    def _products(self, products: Sequence[tuple[Point, _Product]]) -> list[Tensor]:
+        """What a linear layer gives at some points, a block of rows of its weight at a time."""
+        module, dtype = products[0][1].module, products[0][1].dtype
+        weight, bias = self._linears[module]
         own = [weight] if bias is None else [weight, bias]
         self._unused.difference_update(piece.info.name for piece in own)
         self._users.update(id(piece.parameter) for piece in own)
-        offset: Tensor | None = module.bias
-        if bias is not None and id(bias.parameter) not in self._masters:
-            offset = torch.empty(len(bias), dtype=bias.parameter.dtype, device=self.space.device)
-            self.space.perturb(bias, self._point, offset)
-        rows = self._blocks[module]
-        if rows == module.out_features:
-            output = F.linear(input, self._rows(weight, 0, rows), offset)
+        points = [point for point, _ in products]
+        offsets = self._offsets(module.bias, bias, points)
+        inputs = [product.input for _, product in products]
+        if self._blocks[module] == module.out_features:
+            blocks = self._rows(weight, range(module.out_features), points)
+            outputs = list(map(F.linear, inputs, blocks, offsets))
         else:
-            # Products into a buffer are not autocast.
-            kind = input.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            flat = input.reshape(-1, module.in_features).to(dtype)
-            offset = None if offset is None else offset.to(dtype)
-            output = flat.new_empty(flat.shape[0], module.out_features)
-            for first in range(0, module.out_features, rows):
-                part = output[:, first : first + rows]
-                block = self._rows(weight, first, part.shape[1]).t().to(dtype)
+            outputs = self._by_blocks(module, weight, points, inputs, offsets, dtype)
+        self._users.subtract(id(piece.parameter) for piece in own)
+        return outputs
+
+    def _by_blocks(
+        self,
+        module: nn.Linear,
+        weight: Slice,
+        points: Sequence[Point],
+        inputs: Sequence[Tensor],
+        offsets: Sequence[Tensor | None],
+        dtype: torch.dtype | None,
+    ) -> list[Tensor]:
+        flats = [input.reshape(-1, module.in_features).to(dtype) for input in inputs]
+        outputs = [flat.new_empty(flat.shape[0], module.out_features) for flat in flats]
+        offsets = [None if offset is None else offset.to(dtype) for offset in offsets]
+        for first in range(0, module.out_features, self._blocks[module]):
+            rows = range(module.out_features)[first : first + self._blocks[module]]
+            blocks = self._rows(weight, rows, points)
+            for flat, output, offset, block in zip(flats, outputs, offsets, blocks, strict=True):
+                part, block = output[:, rows.start : rows.stop], block.t().to(dtype)
                 if offset is None:
                     torch.mm(flat, block, out=part)
                 else:
-                    torch.addmm(offset[first : first + rows], flat, block, out=part)
-            output = output.view(*input.shape[:-1], module.out_features)
-        self._users.subtract(id(piece.parameter) for piece in own)
-        return output
+                    torch.addmm(offset[rows.start : rows.stop], flat, block, out=part)
+        return [output.view(*input.shape[:-1], -1) for output, input in zip(outputs, inputs, strict=True)]
 
-    def _rows(self, weight: Slice, first: int, count: int) -> Tensor:
-        """Some rows of a matrix at the point, until the next ones are asked for."""
+    def _offsets(self, master: Tensor | None, bias: Slice | None, points: Sequence[Point]) -> Sequence[Tensor | None]:
+        """A linear layer's bias at some points."""
+        if bias is None or id(bias.parameter) in self._masters:
+            return [master] * len(points)
+        offsets = [torch.empty_like(bias.parameter.data) for _ in points]
+        self.space.perturb(bias, list(zip(points, offsets, strict=True)))
+        return offsets
+
+    def _rows(self, weight: Slice, rows: range, points: Sequence[Point]) -> Sequence[Tensor]:
+        """Some rows of a matrix at some points, until the next ones are asked for."""
         if id(weight.parameter) in self._masters:  # a module around this one has the same weight, at the point already
-            return weight.parameter.data[first : first + count]
+            return [weight.parameter.data[rows.start : rows.stop]] * len(points)
         width = weight.info.shape[1]
-        rows = self._block.view(weight.parameter.dtype)[: count * width]
-        self.space.perturb(weight, self._point, rows, first * width)
-        return rows.view(count, width)
+        blocks = self._block.view(weight.parameter.dtype)[: len(points) * len(rows) * width].chunk(len(points))
+        self.space.perturb(weight, list(zip(points, blocks, strict=True)), rows.start * width)
+        return [block.view(len(rows), width) for block in blocks]
+
+    def _are_for_both(self, product: _Product, other: _Product) -> bool:
+        """Whether two products are of the same layer, and the room for both outputs can be spared."""
+        large = product.input.numel() // product.module.in_features * product.module.out_features
+        return product.module is other.module and product.dtype == other.dtype and large * _SPARED <= self._numel
 
     def _check_all_used(self) -> None:
         if len(self._unused) == len(self._names):
@@ -209,46 +296,18 @@ class LeafScratch(Evaluator):
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise ValueError(
                 f"{len(names)} trainable parameters were not used by the forward of the module that holds them "
-                f"({some}): LeafScratch cannot perturb them; {_ADVICE}"
+                f"({some}): LeafScratch cannot perturb them; {ADVICE}"
             )
 
 
-class _OutsideUse(TorchFunctionMode):
-    """Refuses a computation on a master weight while no module that holds it is running: it would be unperturbed.
-
-    It watches the first evaluation only, for it costs a little at every operation.
-    """
-
-    def __init__(self, names: Mapping[int, str], users: Counter[int]):
-        super().__init__()
-        self._names = names
-        self._users = users
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        del types
-        result = func(*args, **(kwargs or {}))
-        # Its dtype, shape or device may be asked for, and whether it is trainable may be switched.
-        if func is not Tensor.requires_grad_ and any(isinstance(part, Tensor) for part in flat(result)):
-            for value in flat((args, kwargs or {})):
-                if id(value) in self._names and not self._users[id(value)]:
-                    raise ValueError(
-                        f"the parameter {self._names[id(value)]!r} is used outside of the forward of the module that "
-                        f"holds it: LeafScratch cannot perturb it there; {_ADVICE}"
-                    )
-        return result
-
-
-def flat(values: Any) -> Iterator[Any]:
-    """What is in a nest of tuples, lists and dictionaries."""
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            yield from flat(value)
-    elif isinstance(values, Mapping):
-        yield from flat(list(values.values()))
-    else:
-        yield values
+def _pairs(points: Sequence[Point]) -> Iterator[tuple[Point, ...]]:
+    """Points one by one, or by two where the next one lies along the same direction."""
+    at = 0
+    while at < len(points):
+        seeds = [[seed for seed, _ in point.terms] for point in points[at : at + 2]]
+        count = 2 if len(seeds) == 2 and seeds[0] == seeds[1] and len(seeds[0]) == 1 else 1
+        yield tuple(points[at : at + count])
+        at += count
 
 
 def _nbytes(slices: Sequence[Slice]) -> int:

@@ -34,9 +34,9 @@ from mezo_lightning.interrupts import uninterrupted
 from mezo_lightning.measurements import flatten, means, sample_records, step_record
 from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.objectives import BoundObjective, Objective
+from mezo_lightning.objectives.preference import check_estimator, comparison
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.parameters import ParameterSpace
-from mezo_lightning.preferences import check_estimator, comparison
 from mezo_lightning.probes import Probe
 from mezo_lightning.processes.requeue import SignalsBetweenSteps
 from mezo_lightning.refusals import check_trainer
@@ -51,7 +51,6 @@ from mezo_lightning.skipping import SkipCounter
 from mezo_lightning.startup import check_every_kind_counts, check_objective, fp32_by_default, logits, silence_lightning
 from mezo_lightning.steps import GradientEstimate, Step
 from mezo_lightning.strategies import ReplicatedStrategy
-from mezo_lightning.trajectory import Header
 from mezo_lightning.transforms import Identity, Transform
 
 if TYPE_CHECKING:
@@ -195,7 +194,7 @@ class MeZOModule(pl.LightningModule):
     def _measure(self, batch: Batch, ask: Callable[..., Samples], seed: int, *, texts: bool = False) -> Samples:
         """Measure a batch at the weights that the model has just now, by all ranks."""
         when = (self.global_step, self.trainer.max_steps, Path(self.trainer.default_root_dir).name, self._rounds.number)
-        probe = Probe(*when, self._placement.ranks, self.micro_batch_size, texts)
+        probe = Probe(*when, self._placement.ranks, self.micro_batch_size, texts, self.trainer.sanity_checking)
         with fp32_by_default():
             return ask(batch, seed=seed, probe=probe)
 
@@ -245,7 +244,7 @@ class MeZOModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Refuse what cannot work: this hook comes before Lightning's own checks and before any work."""
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, self.estimator)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._log = None  # an earlier run's
         signals = SignalsBetweenSteps(lambda: self._placement.ranks)
@@ -290,9 +289,9 @@ class MeZOModule(pl.LightningModule):
         """Build the evaluator, and find whatever is wrong with rows, rewards and parameters before the first step."""
         silence_lightning()
         self._run_log.check()
-        space = self._mezo.space
-        self._header = Header.of(space, dataclasses.asdict(self.pretrained), self._placement.fingerprint(space))
-        self._run_log.check_weights(self._header.fingerprint)
+        model, base = cast(nn.Module, self.model), dataclasses.asdict(self.pretrained)
+        self._header = self._placement.header(model, self._mezo.space, base)
+        self._run_log.check_weights(self._header)
         self._placement.ranks.together(self._check)
 
     def _check(self) -> None:

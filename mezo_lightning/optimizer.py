@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mezo_lightning.dense import Dense
 from mezo_lightning.interrupts import uninterrupted
 from mezo_lightning.parameters import ParameterSpace, whole_shape
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian, Sampler
 from mezo_lightning.steps import DecayTowards, GradientEstimate, Step, round_coefficient, round_fp32
+from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 from mezo_lightning.trajectory import MOST_TERMS, Trajectory
 from mezo_lightning.updates import Memory, Update
 
@@ -32,9 +34,9 @@ class MeZO(torch.optim.Optimizer):
 
     ``theta <- (1 - lr * weight_decay) * theta - lr * scale * sum_i projected_grads[i] * z(seeds[i])``
 
-    Nothing is stored per weight, except what ``rounding`` and ``decay_towards`` need. The coefficients are rounded to
-    12 significant bits; see ``steps.py`` for what that buys. Deviations from the published code: weight decay is
-    decoupled and by the kind of parameter, not by its name, and the learning rate may be scheduled.
+    Nothing is stored per weight, except what ``rounding``, ``update`` and ``decay_towards`` may need. The coefficients
+    are rounded to 12 significant bits; see ``steps.py`` for what that buys. Deviations from the published code: weight
+    decay is decoupled and by the kind of parameter, not by its name, and the learning rate may be scheduled.
 
     Args:
         params: Parameters, preferably ``model.named_parameters()``, or parameter groups of them. Frozen ones are left
@@ -46,7 +48,7 @@ class MeZO(torch.optim.Optimizer):
         rounding: How updates get into 16-bit weights: ``stochastic``, ``compensated`` or ``master``; fp32 weights need
             none of them.
         update: What is applied in the place of an estimate, such as ``Momentum`` or ``ScalarAdam``; None for the
-            estimate itself.
+            estimate itself. ``DenseMomentum`` and ``DenseAdam`` keep 4 and 8 bytes beside every weight.
         decay_towards: What weight decay is towards: ``zero``, or the ``start``, the weights before the first step
             (anchored decay, 2026, arXiv 2605.30148): ``theta <- theta - lr * weight_decay * (theta - start)``. The
             start is one more copy of the trainable weights that this process holds, in memory and in checkpoints.
@@ -91,8 +93,10 @@ class MeZO(torch.optim.Optimizer):
         self._memory = Memory()
         self.decay_towards: DecayTowards = decay_towards
         self.space.decay_towards = decay_towards
+        self.space.rule = update if isinstance(update, Dense) else None
         self._check_update()
         self._check_decay(weight_decay)
+        self._check_beside()
         self.trajectory: Trajectory | None = None
         """Where every step is recorded, if anywhere."""
         self._steps = 0
@@ -122,7 +126,7 @@ class MeZO(torch.optim.Optimizer):
             if estimate is None:
                 raise ValueError("MeZO.step needs estimate=..., made by an estimator; there are no gradients to read")
             memory, estimate = self._advance(estimate)
-            step = self._make_step(estimate)
+            step = self._make_step(memory, estimate)
         elif self.update is not None:
             raise ValueError(
                 f"the trajectory has steps that the checkpoint lacks, and update={self.update} cannot repeat them, for "
@@ -134,7 +138,7 @@ class MeZO(torch.optim.Optimizer):
             self.space.apply([step])
             self._memory = memory
             self._steps = step.number + 1
-            self._digest.update(repr((step.number, step.terms, step.decays)).encode())
+            self._digest.update(repr((step.number, step.terms, step.decays, *step.rates)).encode())
             if self.trajectory is not None and recorded is None:
                 self.trajectory.append(step)
         return result
@@ -165,10 +169,10 @@ class MeZO(torch.optim.Optimizer):
             return self._memory, estimate
         return self.update.advance(self._memory, estimate)
 
-    def _make_step(self, estimate: GradientEstimate) -> Step:
-        number = self._number()
+    def _make_step(self, memory: Memory, estimate: GradientEstimate) -> Step:
+        number, rule = self._number(), self.space.rule
         if not estimate.seeds:
-            return Step(number=number, decay_towards=self.decay_towards)
+            return Step(number=number, decay_towards=self.decay_towards, rule=rule)
         if len(estimate.seeds) > MOST_TERMS:
             raise ValueError(
                 f"a step of {len(estimate.seeds)} directions does not fit into a trajectory, which has room for "
@@ -176,13 +180,17 @@ class MeZO(torch.optim.Optimizer):
             )
         rates = [float(group["lr"]) for group in self.param_groups]
         decays = [float(group["weight_decay"]) for group in self.param_groups]
+        factors = [-lr for lr in rates] if rule is None else [1.0] * len(rates)
         return Step(
             tuple(
-                (seed, tuple(round_coefficient(-lr * estimate.scale * g) for lr in rates)) for seed, g in estimate.terms
+                (seed, tuple(round_coefficient(factor * estimate.scale * g) for factor in factors))
+                for seed, g in estimate.terms
             ),
             tuple(round_fp32(1.0 - lr * decay) for lr, decay in zip(rates, decays, strict=True)),
             number,
             self.decay_towards,
+            rule,
+            () if rule is None else tuple(round_fp32(lr * rule.rate(memory)) for lr in rates),
         )
 
     def _check_update(self) -> None:
@@ -201,10 +209,18 @@ class MeZO(torch.optim.Optimizer):
             return
         if not weight_decay and not any(group["weight_decay"] for group in self.param_groups):
             raise ValueError("decay_towards='start' does nothing without weight_decay: set that as well")
+
+    def _check_beside(self) -> None:
+        """Refuse two settings that keep something beside the weights: there is one place for it in checkpoints."""
+        keeping = {"decay_towards='start'": "decay_towards='zero'"} if self.decay_towards == "start" else {}
+        if self.space.rule is not None:
+            keeping[f"update={self.update}"] = "an update without dense moments (Momentum, ScalarAdam)"
         if any(store.state is not None for store in self.space.stores):
+            keeping[f"rounding={self.space.rounding!r}"] = "rounding='stochastic'"
+        if len(keeping) > 1:
             raise ValueError(
-                f"decay_towards='start' and rounding={self.space.rounding!r} both keep something beside 16-bit "
-                "weights, and only one may: use rounding='stochastic', or decay_towards='zero'"
+                f"{' and '.join(keeping)} both keep something beside the weights, and only one may: use "
+                f"{', or '.join(reversed(keeping.values()))}"
             )
 
     def _number(self) -> int:
@@ -214,12 +230,13 @@ class MeZO(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's state, the count of steps, what updates remember, and what is kept beside weights, by their name."""
         names = [piece.info.name for piece in self.space.slices]
-        kept = self.space.start or [store.state for store in self.space.stores]
+        kept = self.space.moments or self.space.start or [store.state for store in self.space.stores]
         return {
             **super().state_dict(),
             "steps": self._steps,
             "rounding": self.space.rounding,
             "update": {"rule": _name_of(self.update), "memory": self._memory.state_dict()},
+            "sampler": sampler_as_dict(self.space.sampler),
             "decay_towards": self.decay_towards,
             "beside": {name: tensor for name, tensor in zip(names, kept, strict=True) if tensor is not None},
         }
@@ -228,12 +245,15 @@ class MeZO(torch.optim.Optimizer):
         """Restore ``state_dict()``.
 
         Raises:
-            ValueError: If it was saved with another way of rounding, another update, or decay towards something else.
+            ValueError: If it was saved with another way of rounding, another update, decay towards something else, or
+                directions of another sampler, which the header of the log does not have.
         """
         update = state_dict.get("update", {"rule": _name_of(None), "memory": Memory().state_dict()})
+        sampler = sampler_from_dict(state_dict["sampler"]) if "sampler" in state_dict else self.space.sampler
         for option, saved, own in (
             ("update", update["rule"], _name_of(self.update)),
             ("decay_towards", state_dict.get("decay_towards", "zero"), self.decay_towards),
+            ("sampler", repr(sampler), repr(self.space.sampler)),
         ):
             if saved != own:
                 raise ValueError(
@@ -247,17 +267,22 @@ class MeZO(torch.optim.Optimizer):
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._steps = state_dict["steps"]
         self._memory = Memory.from_state_dict(update["memory"])
+        self.space.sampler = sampler
+        beside, slices = state_dict["beside"], self.space.slices
         if self.decay_towards == "start" and self._steps:
-            self.space.start = [
-                state_dict["beside"][piece.info.name].to(piece.weights, copy=True) for piece in self.space.slices
-            ]
+            self.space.start = [beside[piece.info.name].to(piece.weights, copy=True) for piece in slices]
+        if self.space.rule is not None and self._steps:
+            self.space.moments = [beside[piece.info.name].to(self.space.device, copy=True) for piece in slices]
         # Torch casts tensors in `state` to the weights' dtype, which would destroy these.
-        for piece, store in zip(self.space.slices, self.space.stores, strict=True):
+        for piece, store in zip(slices, self.space.stores, strict=True):
             if store.state is not None:
-                store.state.copy_(state_dict["beside"][piece.info.name])
+                store.state.copy_(beside[piece.info.name])
 
 
 def _name_of(update: Update | None) -> str:
+    """What must stay the same over a resume: of a rule with dense moments, whose settings are on record, all of it."""
+    if isinstance(update, Dense):
+        return repr(update)
     return "none" if update is None else type(update).__name__
 
 

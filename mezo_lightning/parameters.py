@@ -10,15 +10,14 @@ terms, whatever the chunks are.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from mezo_lightning.chunks import Chunk, plan
+from mezo_lightning.dense import Dense
 from mezo_lightning.rounding import RoundingName, Store, fill_rounding_lanes, make_store
 from mezo_lightning.samplers import GOLDEN, Sampler, chunk_numel, mix64
 from mezo_lightning.steps import DecayTowards, Point, Step
@@ -102,36 +101,6 @@ class Slice:
         return Slice(info, parameter)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Elements [begin, end) of slice number ``slice``, at [at, at + end - begin) of their chunk."""
-
-    slice: int
-    group: int
-    begin: int
-    end: int
-    at: int
-
-    @property
-    def span(self) -> slice:
-        return slice(self.at, self.at + self.end - self.begin)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A run of positions without a gap, as much as is worked on at once."""
-
-    start: int
-    numel: int
-    pieces: tuple[_Piece, ...]
-
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Parameter groups and the widest spans of the chunk that belong to each."""
-        for group, run in groupby(self.pieces, key=lambda piece: piece.group):
-            pieces = list(run)
-            yield group, slice(pieces[0].span.start, pieces[-1].span.stop)
-
-
 class ParameterSpace:
     """The trainable parameters as one vector on which directions act.
 
@@ -150,18 +119,21 @@ class ParameterSpace:
         """What was given for each name, also where it is an empty shard."""
         self.slices = tuple(piece for piece in slices if len(piece))
         self.table = tuple(table)
-        self.sampler = sampler
+        self.sampler = sampler.settled(slices, self.table)
         self.step_number: Callable[[], int] = lambda: 0
         """Tells how many steps the run has made; whoever makes them sets it."""
         self.decay_towards: DecayTowards = "zero"
         """What weight decay is towards; whoever makes steps sets it, for the record."""
         self.start: list[Tensor] | None = None
         """Copies of all slices as they were before step 0, once there was one that decays towards them."""
-        self._directions = sampler.bind(self.table)
+        self.rule: Dense | None = None
+        """The update rule that keeps dense moments, if there is one; whoever makes steps sets it, for the record."""
+        self.moments: list[Tensor] | None = None
+        """What it keeps beside each slice, fp32 [numel, moments], once there was a step."""
         self.rounding: RoundingName = rounding
         self.stores: tuple[Store, ...] = tuple(make_store(piece.weights, rounding) for piece in self.slices)
         size = min(chunk_numel(self.device), sum(map(len, self.slices)))
-        self._chunks = tuple(_plan(self.slices, chunk_numel(self.device)))
+        self._chunks = tuple(plan(self.slices, chunk_numel(self.device)))
         self._values = torch.empty(size, dtype=torch.float32, device=self.device)
         self._direction = torch.empty(size, dtype=torch.float32, device=self.device)
         self._lanes = torch.empty(size, dtype=torch.int32, device=self.device)
@@ -198,6 +170,16 @@ class ParameterSpace:
         return cls(slices, table, sampler, rounding)
 
     @property
+    def sampler(self) -> Sampler:
+        """The distribution of directions, with all that it has to know of the weights that the run began with."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._directions = sampler.bind(self.table)
+
+    @property
     def numel(self) -> int:
         """The length of the unsharded vector."""
         return self.table[-1].start + self.table[-1].numel
@@ -222,34 +204,40 @@ class ParameterSpace:
             values = self._values[: chunk.numel]
             for piece in chunk.pieces:
                 values[piece.span] = saved[piece.slice][piece.begin : piece.end]
+            active = self._active(chunk, saved)
             for seed, coefficient in point.terms:
-                direction = self._fill(self._direction[: chunk.numel], seed, chunk.start)
+                direction = self._fill(self._direction[: chunk.numel], seed, chunk.start, active)
                 values.add_(direction, alpha=coefficient)
             for piece in chunk.pieces:
                 self.slices[piece.slice].weights[piece.begin : piece.end] = values[piece.span]
 
     @torch.no_grad()
-    def perturb(self, piece: Slice, point: Point, out: Tensor, begin: int = 0) -> None:
-        """Write a slice's weights at ``point`` into ``out``; the slice is not changed.
+    def perturb(self, piece: Slice, targets: Sequence[tuple[Point, Tensor]], begin: int = 0) -> None:
+        """Write a slice's weights at some points; the slice is not changed.
 
         Args:
             piece: One of ``slices``.
-            point: Where.
-            out: [n] in the weights' dtype; receives elements [begin, begin + n) of the slice.
-            begin: See ``out``.
+            targets: Points, and [n] in the weights' dtype for each, which receive elements [begin, begin + n) of the
+                slice. A direction that one point begins with, where the point before it ends, is made once for both.
+            begin: See ``targets``.
         """
-        weights = piece.weights[begin : begin + out.numel()]
-        for at in range(0, out.numel(), self._values.numel()):
-            source = weights[at : at + self._values.numel()]
-            target = out[at : at + source.numel()]
-            # fp32 sums are made where they are wanted: one more copy of all weights is felt at small batches.
-            values = target if out.dtype == torch.float32 else self._values[: source.numel()].copy_(source)
-            start = source if values is target else values
-            for seed, coefficient in point.terms:
-                direction = self._fill(self._direction[: source.numel()], seed, piece.start + begin + at)
-                start = torch.add(start, direction, alpha=coefficient, out=values)
-            if start is not target:
-                target.copy_(start)
+        total, chunk = targets[0][1].numel(), self._values.numel()
+        for at in range(0, total, chunk):
+            source, made = piece.weights[begin + at : begin + min(at + chunk, total)], None
+            direction = self._direction[: source.numel()]
+            active = self._directions.active(piece.info, source)
+            for point, out in targets:
+                target = out[at : at + chunk]
+                # fp32 sums are made where they are wanted: one more copy of all weights is felt at small batches.
+                values = target if out.dtype == torch.float32 else self._values[: source.numel()].copy_(source)
+                start = source if values is target else values
+                for seed, coefficient in point.terms:
+                    if seed != made:
+                        self._fill(direction, seed, piece.start + begin + at, active)
+                        made = seed
+                    start = torch.add(start, direction, alpha=coefficient, out=values)
+                if start is not target:
+                    target.copy_(start)
 
     @torch.no_grad()
     def perturbed_rows(self, piece: Slice, rows: Tensor, point: Point) -> Tensor:
@@ -261,14 +249,33 @@ class ParameterSpace:
         for begin in range(0, rows.numel(), count):
             some = rows[begin : begin + count]
             values = weights[some].to(torch.float32)
+            active = self._directions.active(piece.info, values)
             for seed, coefficient in point.terms:
-                starts = some * width + piece.start
-                values.add_(self._directions.rows(seed, starts, width, self.step_number()), alpha=coefficient)
+                direction = self._directions.rows(seed, some * width + piece.start, width, self.step_number())
+                values.add_(direction if active is None else direction.mul_(active), alpha=coefficient)
             out[begin : begin + count] = values
         return out
 
-    def _fill(self, out: Tensor, seed: int, start: int) -> Tensor:
-        return self._directions.fill(out, seed, start, self.step_number())
+    def _fill(self, out: Tensor, seed: int, start: int, active: Tensor | None, number: int | None = None) -> Tensor:
+        """Write a direction into ``out``, that of step ``number`` or of the next one: 0 at weights that do not move."""
+        self._directions.fill(out, seed, start, self.step_number() if number is None else number)
+        return out if active is None else out.mul_(active)
+
+    def _active(self, chunk: Chunk, weights: Sequence[Tensor] | None = None) -> Tensor | None:
+        """Which weights of a chunk move, as in ``Directions``; by those of all slices, None for the working weights."""
+        found: list[tuple[slice, Tensor]] = []
+        for piece in chunk.pieces:
+            own = self.slices[piece.slice]
+            some = own.weights if weights is None else weights[piece.slice]
+            part = self._directions.active(own.info, some[piece.begin : piece.end])
+            if part is not None:
+                found.append((piece.span, part))
+        if not found or len(chunk.pieces) == 1:
+            return found[0][1] if found else None
+        active = torch.ones(chunk.numel, dtype=torch.float32, device=self.device)
+        for span, part in found:
+            active[span] = part
+        return active
 
     @torch.no_grad()
     def apply(self, steps: Sequence[Step]) -> None:
@@ -277,7 +284,7 @@ class ParameterSpace:
         Step number 0 of a run that decays towards its start says what the start is: the weights as they are then.
 
         Raises:
-            ValueError: If a later step needs the start, and it is not known.
+            ValueError: If a later step needs the start, or moments, and they are not known.
         """
         anchored = [step for step in steps if step.decay_towards == "start"]
         if anchored and anchored[0].number == 0:
@@ -287,13 +294,15 @@ class ParameterSpace:
                 f"step {anchored[0].number} decays towards the weights that the run started from, which are not known "
                 "here: begin with step 0, on the base weights"
             )
+        if steps and (rule := steps[0].rule) is not None:
+            self.moments = rule.begin(steps[0].number, [piece.weights for piece in self.slices], self.moments)
         steps = [step for step in steps if not step.changes_nothing]
         for chunk in self._chunks if steps else ():
             for step in steps:
                 self._apply(step, chunk)
 
-    def _apply(self, step: Step, chunk: _Chunk) -> None:
-        values = self._values[: chunk.numel]
+    def _apply(self, step: Step, chunk: Chunk) -> None:
+        values, active = self._values[: chunk.numel], self._active(chunk)
         for piece in chunk.pieces:
             weights = self.slices[piece.slice].weights[piece.begin : piece.end]
             self.stores[piece.slice].read(weights, piece.begin, values[piece.span])
@@ -304,13 +313,18 @@ class ParameterSpace:
             for group, span in chunk.spans():
                 if step.decays[group] != 1.0:
                     values[span].mul_(step.decays[group])
+        total = moved if step.rule is None else torch.zeros_like(values)
         for seed, coefficients in step.terms:
             if not any(coefficients):
                 continue
-            direction = self._directions.fill(self._direction[: chunk.numel], seed, chunk.start, step.number)
+            direction = self._fill(self._direction[: chunk.numel], seed, chunk.start, active, step.number)
             for group, span in chunk.spans():
                 if coefficients[group]:  # adding 0 * z would turn -0.0 into +0.0
-                    moved[span].add_(direction[span], alpha=coefficients[group])
+                    total[span].add_(direction[span], alpha=coefficients[group])
+        if step.rule is not None and self.moments is not None:
+            for piece in chunk.pieces:
+                state = self.moments[piece.slice][piece.begin : piece.end]
+                step.rule.move(moved[piece.span], total[piece.span], state, step.rates[piece.group])
         if moved is not values:
             values.add_(moved)
         lanes = self._lanes[: chunk.numel]
@@ -320,7 +334,7 @@ class ParameterSpace:
             weights = self.slices[piece.slice].weights[piece.begin : piece.end]
             self.stores[piece.slice].write(weights, piece.begin, values[piece.span], lanes[piece.span])
 
-    def _pull(self, step: Step, chunk: _Chunk, values: Tensor) -> Tensor:
+    def _pull(self, step: Step, chunk: Chunk, values: Tensor) -> Tensor:
         """By how much decay moves ``values`` towards the start; it is added to them together with the terms.
 
         By itself it is often less than half of a weight's last bit, and would be lost at every step.
@@ -356,29 +370,3 @@ class ParameterSpace:
                 positions = torch.arange(start, start + bits.numel(), dtype=torch.int64, device=bits.device)
                 total += int(mix64(mix64(positions.add_(GOLDEN - 2**64)).add_(bits)).sum())
         return total & _MASK64
-
-    def table_hash(self) -> str:
-        """A hash of the names, shapes and positions of the unsharded parameters."""
-        rows = [[info.name, list(info.shape), info.start] for info in self.table]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _plan(slices: Sequence[Slice], limit: int) -> Iterator[_Chunk]:
-    """Cut the slices into chunks of at most ``limit`` positions without gaps."""
-    pieces: list[_Piece] = []
-    start = stop = 0
-    for number, piece in enumerate(slices):
-        begin = 0
-        while begin < len(piece):
-            position = piece.start + begin
-            if pieces and (position != stop or stop - start == limit):
-                yield _Chunk(start, stop - start, tuple(pieces))
-                pieces = []
-            if not pieces:
-                start = stop = position
-            end = min(len(piece), begin + limit - (stop - start))
-            pieces.append(_Piece(number, piece.info.group, begin, end, stop - start))
-            stop += end - begin
-            begin = end
-    if pieces:
-        yield _Chunk(start, stop - start, tuple(pieces))

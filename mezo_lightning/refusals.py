@@ -9,10 +9,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mezo_lightning.strategies import ReplicatedStrategy
+from mezo_lightning.estimators import Estimator
+from mezo_lightning.strategies import ReplicatedStrategy, ZeRO3Strategy
 
 _STRATEGIES = ("auto", "single_device", "replicated", "zero3_inference")
 PRECISIONS = ("32-true", "bf16-true", "16-true")
@@ -33,8 +35,12 @@ def check_strategy_name(name: str | Any) -> None:
         raise ValueError(_STRATEGY.format(name))
 
 
-def check_trainer(trainer: Trainer) -> None:
+def check_trainer(trainer: Trainer, estimator: Estimator) -> None:
     """Refuse a trainer that is set up for something that cannot work.
+
+    Args:
+        trainer: About to run.
+        estimator: What a fit probes the model with.
 
     Raises:
         ValueError: With the setting, its value and what to use instead.
@@ -49,6 +55,12 @@ def check_trainer(trainer: Trainer) -> None:
         raise ValueError(_STRATEGY.format(type(trainer.strategy).__name__))
     if trainer.state.fn == TrainerFn.FITTING:
         _check_fit(trainer)
+        if estimator.by_row and isinstance(trainer.strategy, ZeRO3Strategy):
+            raise ValueError(
+                f"trainer.strategy=zero3_inference cannot be used with estimator={type(estimator).__name__}, which "
+                "probes each row of a batch along a direction of its own: the weights would have to be whole; use "
+                "--trainer.strategy replicated, or another estimator"
+            )
 
 
 def _check_fit(trainer: Trainer) -> None:
@@ -61,6 +73,11 @@ def _check_fit(trainer: Trainer) -> None:
         raise ValueError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val} cannot be used: there is no gradient; limit the "
             "projected gradients with model.transform: {class_path: Clip, init_args: {limit: ...}}"
+        )
+    if isinstance(trainer.strategy, ZeRO3Strategy) and isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+        raise ValueError(
+            "the plugin AsyncCheckpointIO cannot be used with trainer.strategy=zero3_inference: a checkpoint of pieces "
+            "counts once the last file of all processes is written; leave the plugin out"
         )
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  (set by a connector)
         if isinstance(callback, StochasticWeightAveraging):

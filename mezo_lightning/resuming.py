@@ -24,9 +24,8 @@ from mezo_lightning.completers import ChooseOption
 from mezo_lightning.encoding import Encoding
 from mezo_lightning.generation import Generate
 from mezo_lightning.models.pretrained import Pretrained
-from mezo_lightning.objectives import CrossEntropy, RewardObjective
+from mezo_lightning.objectives import CrossEntropy, PreferenceObjective, RewardObjective
 from mezo_lightning.optimizer import MeZO
-from mezo_lightning.preferences import PreferenceObjective
 from mezo_lightning.processes.ranks import Ranks
 from mezo_lightning.rewarding.settings import Reward
 from mezo_lightning.steps import Step
@@ -56,7 +55,7 @@ class Lineage:
     @classmethod
     def of(cls, trajectory: Trajectory, steps: int) -> Lineage:
         """The first ``steps`` steps of a trajectory; all of them where there are fewer."""
-        content = [(step.terms, step.decays) for step in islice(trajectory, steps)]
+        content = [(step.terms, step.decays, *step.rates) for step in islice(trajectory, steps)]
         digest = hashlib.blake2b(repr((trajectory.header.fingerprint, content)).encode(), digest_size=16)
         return cls(len(content), digest.hexdigest())
 
@@ -95,28 +94,34 @@ class RunLog:
         self.lineage = Lineage()
         """Of the checkpoint last read; the trajectory's own, once it is closed."""
         self.fingerprint: int | None = None
-        """Of the weights in that checkpoint, where it says."""
+        """Of the tuned weights in that checkpoint, where it says."""
+        self._frozen: int | None = None
         self._ranks = ranks
         self._trajectory: Trajectory | None = None
         self._tail: Sequence[Step] = ()
 
     def check(self) -> None:
         """Refuse a folder that is another run's; nothing is changed."""
-        self._ranks.together(lambda: self._on_rank_zero(self._check))
+        self._frozen, *_ = self._ranks.gather(lambda: self._check() if self._ranks.rank == 0 else None)
 
-    def check_weights(self, fingerprint: int) -> None:
-        """Refuse weights that are not those that the checkpoint was saved with.
+    def check_weights(self, header: Header) -> None:
+        """Refuse weights that are not those that the checkpoint was saved with, after ``check``.
 
         Args:
-            fingerprint: Of the weights that there are now.
+            header: Of the weights that there are now.
 
         Raises:
             ValueError: If they are others.
         """
-        if self.fingerprint not in (None, fingerprint):
+        if self.fingerprint not in (None, header.fingerprint):
             raise ValueError(
                 f"the weights in {self.checkpoint} are not those that were saved: the file is damaged, or was changed; "
                 "resume from an earlier checkpoint"
+            )
+        if self._frozen not in (None, header.frozen):
+            raise ValueError(
+                f"the frozen weights are not those of the run in {self.path}: the base model or {self.checkpoint} was "
+                "changed; resume with the base model that the run began with, or from an earlier checkpoint"
             )
 
     def begin(self, optimizer: MeZO, header: Header, steps: int, rewind: bool) -> None:
@@ -164,20 +169,22 @@ class RunLog:
     def _on_rank_zero(self, action: Callable[[], Sequence[Step] | None]) -> Sequence[Step] | None:
         return action() if self._ranks.rank == 0 else None
 
-    def _check(self) -> None:
+    def _check(self) -> int | None:
+        """The fingerprint of the frozen weights, where there is a log and it tells."""
         if self.checkpoint is None:
             if self.path.exists():
                 raise FileExistsError(
                     f"{self.path} is the trajectory of an earlier run: give this one a folder of its own (run_dir, or "
                     "Trainer(default_root_dir=...)), or resume the earlier one with ckpt_path"
                 )
-            return
+            return None
         with closing(Trajectory.open(self.path)) as trajectory:
             if Lineage.of(trajectory, self.lineage.steps) != self.lineage:
                 raise ValueError(
                     f"{self.path} is not the trajectory of the checkpoint {self.checkpoint}: resume a run in its own "
                     "folder (run_dir, or Trainer(default_root_dir=...))"
                 )
+            return trajectory.header.frozen
 
     def _open(self, header: Header, steps: int, rewind: bool) -> Sequence[Step]:
         if self.checkpoint is None:

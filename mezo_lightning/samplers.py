@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mezo_lightning.parameters import ParameterInfo
+    from mezo_lightning.parameters import ParameterInfo, Slice
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, SplitMix64's increment
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -196,6 +196,19 @@ class Directions(ABC):
     def rows(self, seed: int, starts: Tensor, width: int, number: int = 0) -> Tensor:
         """Z at several rows of one matrix: fp32 [rows, width] for int64 ``starts`` [rows]."""
 
+    def active(self, info: ParameterInfo, weights: Tensor) -> Tensor | None:
+        """Which weights move at all; at the others a direction is 0, in the place of what ``fill`` and ``rows`` give.
+
+        Args:
+            info: A parameter.
+            weights: Some of its weights, as they are when the step begins, in any shape.
+
+        Returns:
+            fp32 in the shape of ``weights``: 1 where one moves, else 0; None where all do, whatever they are.
+        """
+        del info, weights
+        return None
+
 
 class Sampler(ABC):
     """A distribution of directions, unit variance in every coordinate that is tuned."""
@@ -205,9 +218,42 @@ class Sampler(ABC):
         """Whether a seed gives the same direction at later steps, so that it may be applied again."""
         return False
 
+    @property
+    def looks_at_weights(self) -> bool:
+        """Whether weights decide on where directions are 0; other samplers cannot be made of such a one."""
+        return False
+
+    def settled(self, slices: Sequence[Slice], table: Sequence[ParameterInfo]) -> Sampler:
+        """This sampler with all that it has to know of the weights that a run begins with; most need to know nothing.
+
+        Args:
+            slices: What this process holds of each parameter, maybe nothing.
+            table: Every parameter of the unsharded model, in the order of positions.
+        """
+        del slices, table
+        return self
+
     @abstractmethod
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
         """Set to work on a parameter table."""
+
+
+def check_inner(outer: str, sampler: Sampler) -> None:
+    """Refuse a sampler that another one cannot be made of.
+
+    Args:
+        outer: The name of the other one.
+        sampler: What it is to be made of.
+
+    Raises:
+        ValueError: If weights decide on where its directions are 0, which the other one would not know.
+    """
+    if sampler.looks_at_weights:
+        inner = type(sampler).__name__
+        raise ValueError(
+            f"{outer}(sampler={inner}) does not know the weights, which decide on where {inner} is 0: put it the other "
+            f"way round, {inner}(sampler={outer})"
+        )
 
 
 class LaneSampler(Sampler, Directions):

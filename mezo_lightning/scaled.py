@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mezo_lightning.layout import Layout
-from mezo_lightning.samplers import Directions, Gaussian, Sampler
+from mezo_lightning.samplers import Directions, Gaussian, Sampler, check_inner
 
 if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo
@@ -51,6 +51,7 @@ class Scaled(Sampler):
             except re.error as error:
                 raise ValueError(f"Scaled(scales): {pattern!r} is no regular expression: {error}") from error
             _check_scale(pattern, scale)
+        check_inner("Scaled", self.sampler)
 
     @property
     def same_at_every_step(self) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from mezo_lightning.samplers import SIGNIFICANT_BITS
 
 if TYPE_CHECKING:
+    from mezo_lightning.dense import Dense
     from mezo_lightning.evaluators import Evaluation
 
 DecayTowards = Literal["zero", "start"]
@@ -91,7 +92,8 @@ class Step:
 
     ``theta_k <- decays[k] * theta_k + sum_i terms[i][1][k] * z(terms[i][0])`` for the parameters of group k, in fp32,
     in the order of the terms. A step without terms changes nothing. Where decay is towards the start, the first summand
-    is ``theta_k - (1 - decays[k]) * (theta_k - start_k)``.
+    is ``theta_k - (1 - decays[k]) * (theta_k - start_k)``. Where a rule keeps dense moments, the sum is the gradient
+    that it takes in, and the second summand ``-rates[k]`` times what it makes of that.
     """
 
     terms: tuple[tuple[int, tuple[float, ...]], ...] = ()
@@ -100,8 +102,14 @@ class Step:
     """How many steps the run made before this one; it decides on the random bits of rounding."""
     decay_towards: DecayTowards = "zero"
     """Zero, or the ``start``: the weights before step number 0."""
+    rule: Dense | None = None
+    """Keeps dense moments, if there is one."""
+    rates: tuple[float, ...] = ()
+    """Of each parameter group, where there is such a rule."""
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether applying the step would leave every weight as it is, bit for bit."""
+        """Whether applying the step would leave every weight and moment as it is, bit for bit."""
+        if self.rule is not None:
+            return not self.terms
         return not self.terms or (all(decay == 1.0 for decay in self.decays) and not any(any(c) for _, c in self.terms))

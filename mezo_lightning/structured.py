@@ -18,8 +18,17 @@ from torch import Tensor
 
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.layout import Layout
-from mezo_lightning.samplers import SIGNIFICANT_BITS, Directions, Gaussian, Rademacher, Sampler, derive_seed
+from mezo_lightning.samplers import (
+    SIGNIFICANT_BITS,
+    Directions,
+    Gaussian,
+    Rademacher,
+    Sampler,
+    check_inner,
+    derive_seed,
+)
 from mezo_lightning.scaled import Scaled
+from mezo_lightning.sparse import Sparse
 
 if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo
@@ -152,6 +161,7 @@ class Subset(Sampler):
             raise ValueError(f"Subset(fraction={self.fraction}) must be above 0 and at most 1")
         if self.order not in ("random", "cyclic"):
             raise ValueError(f"Subset(order={self.order!r}) is unknown; choose 'random' or 'cyclic'")
+        check_inner("Subset", self.sampler)
         try:
             re.compile(self.blocks)
         except re.error as error:
@@ -212,7 +222,7 @@ def _significant(values: Tensor) -> Tensor:
 # -- on record ---------------------------------------------------------------------------------------------------------
 
 _SAMPLERS: dict[str, type[Sampler]] = {
-    kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset, Flipout, Scaled)
+    kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset, Flipout, Scaled, Sparse)
 }
 
 

@@ -3,9 +3,10 @@
 A file is a header and then one record a step, 32 bytes for one query and one parameter group, 40 for two groups::
 
     header   b"MEZOTRAJ", version u16, length u32, JSON (parameter table, groups, sampler, rounding, base, what weight
-             decay is towards unless that is zero), crc32
+             decay is towards unless that is zero, fingerprints of the tuned weights and of the frozen ones), crc32
     record   step u32, terms u16, groups u16, crc32 of these;
-             groups x decay f32, terms x (seed u64, groups x coefficient f32), crc32 of all before
+             groups x decay f32, groups x rate f32 where the header names a rule with dense moments,
+             terms x (seed u64, groups x coefficient f32), crc32 of all before
 
 All numbers are little-endian. Coefficients have 12 significant bits, so that f32 holds them exactly. A record that a
 crash cut short at the end of the file is dropped with a warning; a wrong one anywhere else is an error.
@@ -26,6 +27,8 @@ from typing import Any, BinaryIO
 
 from torch import Tensor, nn
 
+from mezo_lightning.dense import Dense, dense_as_dict, dense_from_dict
+from mezo_lightning.fingerprints import fingerprint_of, named_weights
 from mezo_lightning.parameters import ParameterInfo, ParameterSpace, whole_shape
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Sampler
@@ -54,20 +57,31 @@ class Header:
     dtypes: tuple[str, ...]
     """The dtype of each parameter in the table."""
     fingerprint: int
-    """A hash of the base weights, so that another model of the same shape is refused."""
+    """A hash of the tuned weights before the first step, so that another model of the same shape is refused."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Where the base weights come from, as far as the run knows."""
     decay_towards: DecayTowards = "zero"
     """What weight decay is towards."""
+    frozen: int | None = None
+    """A hash of all weights that are not tuned, see ``fingerprints.py``; None where it is not known."""
+    update: Mapping[str, Any] = field(default_factory=dict)
+    """The rule that keeps dense moments, its name and settings; empty where steps need none."""
 
     @classmethod
-    def of(cls, space: ParameterSpace, base: Mapping[str, Any] | None = None, fingerprint: int | None = None) -> Header:
+    def of(
+        cls,
+        space: ParameterSpace,
+        base: Mapping[str, Any] | None = None,
+        fingerprint: int | None = None,
+        frozen: int | None = None,
+    ) -> Header:
         """The header for a run that starts from the weights as they are now.
 
         Args:
             space: The parameters.
             base: Where the base weights come from.
-            fingerprint: Of the whole model, where the space holds only shards of it.
+            fingerprint: Of the tuned weights of the whole model, where the space holds only shards of it.
+            frozen: Of the weights that are not tuned, by ``fingerprints.fingerprint_of``; None to accept any.
         """
         dtypes = {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in space.parameters.items()}
         return cls(
@@ -78,6 +92,8 @@ class Header:
             space.fingerprint() if fingerprint is None else fingerprint,
             dict(base or {}),
             space.decay_towards,
+            frozen,
+            dense_as_dict(space.rule),
         )
 
     @property
@@ -90,6 +106,10 @@ class Header:
         record = dataclasses.asdict(self)
         if self.decay_towards == "zero":
             del record["decay_towards"]  # such runs have the header that they always had
+        if self.frozen is None:
+            del record["frozen"]
+        if not self.update:
+            del record["update"]
         return json.dumps(record).encode()
 
     @classmethod
@@ -105,6 +125,10 @@ class Header:
         """The sampler that was recorded."""
         return sampler_from_dict(self.sampler)
 
+    def make_rule(self) -> Dense | None:
+        """The rule with dense moments that was recorded, if there was one."""
+        return dense_from_dict(self.update)
+
 
 class Trajectory:
     """A trajectory file: created by a run, appended to by its optimizer, read by a replay.
@@ -115,6 +139,7 @@ class Trajectory:
     def __init__(self, path: Path, file: BinaryIO, header: Header, offsets: list[int]):
         self.path = path
         self.header = header
+        self._rule = header.make_rule()
         self._file = file
         self._offsets = offsets  # where each record begins, and where the next one will
 
@@ -152,7 +177,7 @@ class Trajectory:
         file = path.open("r+b" if append else "rb")
         try:
             header = _read_header(file, path)
-            offsets = _scan(file, path, header.num_groups)
+            offsets = _scan(file, path, header.num_groups, 1 if header.make_rule() is None else 2)
         except ValueError:
             file.close()
             raise
@@ -161,11 +186,20 @@ class Trajectory:
         return cls(path, file, header, offsets)
 
     def check_base(self, fingerprint: int) -> None:
-        """Raise ValueError unless these are the weights that the run started from."""
+        """Raise ValueError unless these are the weights that the run tuned, as it found them."""
         if fingerprint != self.header.fingerprint:
             raise ValueError(
                 f"{self.path} starts from other weights than this model has: the names and shapes are the same, "
                 "the fingerprints are not; load the base model of the run"
+            )
+
+    def check_frozen(self, fingerprint: int) -> None:
+        """Raise ValueError unless these are the weights that the run did not tune; a log that knows none takes any."""
+        if self.header.frozen not in (None, fingerprint):
+            raise ValueError(
+                f"the frozen weights are not those of the run in {self.path}: this model has the weights that were "
+                "tuned, but other ones beside them; load the base model of the run, with the versions of transformers "
+                "and PEFT that it had"
             )
 
     def __len__(self) -> int:
@@ -179,7 +213,7 @@ class Trajectory:
         number = range(len(self))[number]
         self._file.seek(self._offsets[number])
         record = self._file.read(self._offsets[number + 1] - self._offsets[number])
-        return _unpack(record, self.header.decay_towards)
+        return _unpack(record, self.header.decay_towards, self._rule)
 
     def append(self, step: Step) -> None:
         """Write a step; it is in the operating system's hands when this returns."""
@@ -227,7 +261,7 @@ def replay(model: nn.Module, trajectory: Trajectory, *, stop: int | None = None)
     Raises:
         ValueError: If the model is not the one that the run started from.
     """
-    return replay_parameters(dict(model.named_parameters()), trajectory, stop=stop)
+    return replay_parameters(named_weights(model), trajectory, stop=stop)
 
 
 def replay_parameters(
@@ -237,10 +271,10 @@ def replay_parameters(
     stop: int | None = None,
     sum_over_ranks: Callable[[int], int] = lambda fingerprint: fingerprint,
 ) -> ParameterSpace:
-    """``replay`` on parameters by name, among them ``Shard``s of a model that is cut up over several processes.
+    """``replay`` on weights by name, among them ``Shard``s of a model that is cut up over several processes.
 
     Args:
-        parameters: Parameters by name, with the base weights.
+        parameters: All weights by name, as the base has them: ``Placement.named_weights`` gives them.
         trajectory: The run.
         stop: Apply this many steps; None for all.
         sum_over_ranks: Adds up the fingerprints of shards.
@@ -265,26 +299,31 @@ def replay_parameters(
         header.rounding,
     )
     trajectory.check_base(sum_over_ranks(space.fingerprint()) % (1 << 64))
+    if header.frozen is not None:
+        frozen = fingerprint_of(parameters.items(), without=space.parameters)
+        trajectory.check_frozen(sum_over_ranks(frozen) % (1 << 64))
     space.apply([trajectory[number] for number in range(stop)])
     return space
 
 
 def _pack(number: int, step: Step) -> bytes:
     head = _HEAD.pack(number, len(step.terms), len(step.decays))
-    record = head + _CRC.pack(zlib.crc32(head)) + struct.pack(f"<{len(step.decays)}f", *step.decays)
+    floats = (*step.decays, *step.rates)
+    record = head + _CRC.pack(zlib.crc32(head)) + struct.pack(f"<{len(floats)}f", *floats)
     for seed, coefficients in step.terms:
         record += struct.pack(f"<Q{len(coefficients)}f", seed, *coefficients)
     return record + _CRC.pack(zlib.crc32(record))
 
 
-def _unpack(record: bytes, decay_towards: DecayTowards) -> Step:
+def _unpack(record: bytes, decay_towards: DecayTowards, rule: Dense | None) -> Step:
     number, terms, groups = _HEAD.unpack_from(record)
     at = _HEAD.size + _CRC.size
-    decays = struct.unpack_from(f"<{groups}f", record, at)
+    floats = struct.unpack_from(f"<{groups if rule is None else 2 * groups}f", record, at)
     term = struct.Struct(f"<Q{groups}f")
-    at += 4 * groups
+    at += 4 * len(floats)
     unpacked = [term.unpack_from(record, at + i * term.size) for i in range(terms)]
-    return Step(tuple((seed, tuple(coefficients)) for seed, *coefficients in unpacked), decays, number, decay_towards)
+    found = tuple((seed, tuple(coefficients)) for seed, *coefficients in unpacked)
+    return Step(found, floats[:groups], number, decay_towards, rule, floats[groups:])
 
 
 def _read_header(file: BinaryIO, path: Path) -> Header:
@@ -300,13 +339,13 @@ def _read_header(file: BinaryIO, path: Path) -> Header:
     return Header.from_json(text)
 
 
-def _scan(file: BinaryIO, path: Path, groups: int) -> list[int]:
-    """Where the records begin, and where the next one will."""
+def _scan(file: BinaryIO, path: Path, groups: int, floats: int) -> list[int]:
+    """Where the records begin, and where the next one will; ``floats`` numbers a group come before the terms."""
     begin, data = file.tell(), file.read()
     offsets, at = [begin], 0
     while at < len(data):
         number = len(offsets) - 1
-        size = _record_size(data, at, number, groups)
+        size = _record_size(data, at, number, groups, floats)
         if size is not None and at + size <= len(data) and _ends_in_crc(data[at : at + size]):
             at += size
             offsets.append(begin + at)
@@ -320,7 +359,7 @@ def _scan(file: BinaryIO, path: Path, groups: int) -> list[int]:
     return offsets
 
 
-def _record_size(data: bytes, at: int, number: int, groups: int) -> int | None:
+def _record_size(data: bytes, at: int, number: int, groups: int, floats: int) -> int | None:
     """The size that the record at ``at`` says it has; None where its head is wrong."""
     head = data[at : at + _HEAD.size + _CRC.size]
     if len(head) < _HEAD.size + _CRC.size or not _ends_in_crc(head):
@@ -328,7 +367,7 @@ def _record_size(data: bytes, at: int, number: int, groups: int) -> int | None:
     found, terms, own_groups = _HEAD.unpack_from(head)
     if found != number or own_groups not in (0, groups):
         return None
-    return len(head) + 4 * own_groups + terms * (8 + 4 * own_groups) + _CRC.size
+    return len(head) + 4 * own_groups * floats + terms * (8 + 4 * own_groups) + _CRC.size
 
 
 def _ends_in_crc(data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Update rules that remember earlier estimates: as scalars and seeds, never as tensors.
+"""Update rules that remember earlier estimates, as scalars and seeds; ``dense.py`` has those with tensors.
 
     direction_t = rule(estimate_t, memory_{t-1})        theta <- decay * theta - lr * direction_t
 
@@ -30,6 +30,8 @@ class Memory:
     """A decaying sum of the squares of estimates, see ``ScalarAdam``."""
     seen: float = 0.0
     """The sum of the weights in it, which comes to 1 in time."""
+    count: int = 0
+    """How many estimates a rule with dense moments took in."""
 
     def add(self, estimate: GradientEstimate, window: int) -> Memory:
         """The memory after one more estimate, with at most ``window`` of them."""
@@ -94,7 +96,7 @@ class Momentum(Update):
     """Steps that an estimate stays in the sum."""
 
     def __post_init__(self) -> None:
-        _check_fraction("Momentum", "beta", self.beta)
+        check_fraction("Momentum", "beta", self.beta)
         _check_window("Momentum", self.window)
 
     @property
@@ -136,11 +138,10 @@ class ScalarAdam(Update):
     """Steps that an estimate stays in the first moment, where beta1 is not 0."""
 
     def __post_init__(self) -> None:
-        _check_fraction("ScalarAdam", "beta1", self.beta1)
-        _check_fraction("ScalarAdam", "beta2", self.beta2)
+        check_fraction("ScalarAdam", "beta1", self.beta1)
+        check_fraction("ScalarAdam", "beta2", self.beta2)
         _check_window("ScalarAdam", self.window)
-        if not (math.isfinite(self.zeta) and self.zeta > 0):
-            raise ValueError(f"ScalarAdam(zeta={self.zeta}) must be a positive number, such as 1e-8")
+        check_zeta("ScalarAdam", self.zeta)
 
     @property
     def reach(self) -> int:
@@ -172,7 +173,7 @@ class Trail(Update):
     of them, and one more."""
 
     def __post_init__(self) -> None:
-        _check_fraction("Trail", "beta", self.beta)
+        check_fraction("Trail", "beta", self.beta)
         _check_window("Trail", self.window)
 
     @property
@@ -195,11 +196,36 @@ def _powers(beta: float, count: int) -> list[float]:
     return list(accumulate(repeat(beta, count - 1), mul, initial=1.0))
 
 
-def _check_fraction(rule: str, name: str, value: float) -> None:
+def check_fraction(rule: str, name: str, value: float) -> None:
+    """Refuse a share that is left after a step, unless it is one.
+
+    Args:
+        rule: The rule.
+        name: Its option.
+        value: What that was set to.
+
+    Raises:
+        ValueError: If it is negative, or not below 1.
+    """
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{rule}({name}={value}) must be at least 0 and below 1")
 
 
+def check_zeta(rule: str, value: float) -> None:
+    """Refuse what cannot keep a division by the root of a second moment finite.
+
+    Raises:
+        ValueError: If it is no positive number, or too small for fp32.
+    """
+    if not (math.isfinite(value) and value >= 1e-37):
+        raise ValueError(f"{rule}(zeta={value}) must be a positive number, such as 1e-8")
+
+
 def _check_window(rule: str, value: int) -> None:
+    """Refuse a window without a step.
+
+    Raises:
+        ValueError: If it is none.
+    """
     if value < 1:
         raise ValueError(f"{rule}(window={value}) must be at least 1 step")

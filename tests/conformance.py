@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from mezo_lightning.dense import DenseAdam, DenseMomentum
 from mezo_lightning.estimators import (
     FZOO,
     GRZO,
@@ -39,6 +40,7 @@ from mezo_lightning.rowwise.evaluator import Rowwise
 from mezo_lightning.rowwise.points import RowPoint, row_seed
 from mezo_lightning.samplers import Gaussian, Rademacher, Sampler, derive_seed
 from mezo_lightning.scaled import Scaled
+from mezo_lightning.sparse import Sparse
 from mezo_lightning.steps import GradientEstimate, Point
 from mezo_lightning.structured import LowRank, Subset
 from mezo_lightning.updates import Momentum, ScalarAdam, Trail
@@ -94,6 +96,7 @@ SAMPLERS: dict[str, Sampler] = {
     "flipout": Flipout(),
     "scaled": Scaled({"layers|lstm": 2.0, r"\.": 0.5}),
     "scaled lozo": Scaled({"layers|lstm": 0.5}, LowRank(1, refresh_left=0, refresh_right=2)),
+    "sparse": Sparse(fraction=0.5),
 }
 SHARES = {"lezo": 0.5, "bcd over lozo": 0.5, "scaled": 4.0, "scaled lozo": 0.25}
 """The mean estimate of a layer's gradient is the gradient times this: the time that the layer is active, for samplers
@@ -106,6 +109,8 @@ UPDATES: dict[str, dict[str, Any]] = {
     "scalar adam": {"update": ScalarAdam(beta2=0.5)},
     "trail": {"update": Trail(0.5, window=2)},
     "scalar adam with momentum": {"update": ScalarAdam(0.5, 0.5, window=2), "weight_decay": 0.25},
+    "dense momentum": {"update": DenseMomentum(0.5)},
+    "dense adam": {"update": DenseAdam(0.5, 0.75), "weight_decay": 0.25},
 }
 """Options of the optimizer."""
 EVALUATORS: dict[str, Callable[[nn.Module, MeZO], Evaluator]] = {
@@ -188,7 +193,7 @@ SPACES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
 }
 """A model, and the parameters of it that the optimizer is given."""
 
-_CHANGING = ("lozo", "subzero", "lezo", "bcd over lozo", "flipout", "scaled lozo")
+_CHANGING = ("lozo", "subzero", "lezo", "bcd over lozo", "flipout", "scaled lozo", "sparse")
 _REPEATING = ("momentum", "trail", "scalar adam with momentum")
 _ROWWISE = ("grzo", "grzo, not normalised")
 REFUSED: dict[frozenset[str], str] = {
@@ -210,7 +215,8 @@ REFUSED: dict[frozenset[str], str] = {
         if update != "trail"
     },
     **{
-        frozenset({"decay towards the start", precision}): r"decay_towards='start' and rounding=.* only one may"
+        frozenset({update, precision}): r".* and rounding=.* both keep something beside the weights, and only one may"
+        for update in ("decay towards the start", "dense momentum", "dense adam")
         for precision in ("bf16 compensated", "fp16 master")
     },
     **{
@@ -219,10 +225,15 @@ REFUSED: dict[frozenset[str], str] = {
         if sampler != "flipout"
     },
     **{
-        frozenset({rule, part}): "a direction for each row of the batch .GRZO., and this evaluator gives all rows"
+        frozenset({rule, sampler}): "estimator=GRZO .* cannot tell them apart: give the optimizer `sampler: Flipout`"
         for rule in _ROWWISE
-        for part in (*SAMPLERS, "copy", "leaf scratch")
-        if part != "flipout"
+        for sampler in SAMPLERS
+        if sampler != "flipout"
+    },
+    **{
+        frozenset({rule, evaluator}): "a direction for each row of the batch .GRZO., and this evaluator gives all rows"
+        for rule in _ROWWISE
+        for evaluator in ("copy", "leaf scratch")
     },
     **{frozenset({rule, "lstm"}): "rows cannot have directions of their own there" for rule in _ROWWISE},
 }

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 import mezo_lightning.resuming  # noqa: F401  (tells torch what may be in a checkpoint)
+from mezo_lightning.fingerprints import fingerprint_of
 from mezo_lightning.folders import new_folder
 from mezo_lightning.models.pretrained import Pretrained, export
 from mezo_lightning.parameters import ParameterInfo, ParameterSpace, Slice
@@ -100,14 +101,29 @@ def _replay_whole(log: Trajectory, count: int, pretrained: Pretrained, folder: P
 
 def _replay_by_file(log: Trajectory, count: int, pretrained: Pretrained, base: Base, folder: Path) -> int:
     tuning = Tuning(base, log.header)
-    with progress_bar("Checking the base weights", tuning.numel) as advance:
-        for info in log.header.table:
-            tuning.tuned(info.name, (), advance)
-    log.check_base(tuning.take_fingerprint())
+    _check_base(log, base, tuning)
     steps = [log[number] for number in range(count)]
     with progress_bar(f"Replaying {count} steps", tuning.numel) as advance:
         write_model(base, pretrained.load_tokenizer(), folder, lambda name: tuning.tuned(name, steps, advance))
     return tuning.take_fingerprint()
+
+
+def _check_base(log: Trajectory, base: Base, tuning: Tuning) -> None:
+    tuned = {info.name for info in log.header.table}
+    frozen = [] if log.header.frozen is None else [name for name in base.weights if name not in tuned]
+
+    def read_frozen() -> Iterator[tuple[str, Tensor]]:
+        for name in frozen:
+            yield name, tuning.tuned(name, (), advance)
+            advance(base.weights[name].numel())
+
+    total = tuning.numel + sum(base.weights[name].numel() for name in frozen)
+    with progress_bar("Checking the base weights", total) as advance:
+        for info in log.header.table:
+            tuning.tuned(info.name, (), advance)
+        log.check_base(tuning.take_fingerprint())
+        if log.header.frozen is not None:
+            log.check_frozen(fingerprint_of(read_frozen()))
 
 
 class Tuning:

@@ -26,6 +26,11 @@ class Estimator(ABC):
         """Whether it needs a value at each point; False where it is enough to know which of two points is better."""
         return True
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of a batch is probed along a direction of its own, by a process that holds all weights."""
+        return False
+
     def knowing(self, optimizer: MeZO) -> Estimator:
         """This rule for the next step of an optimizer, where it depends on what that remembers of earlier ones.
 
@@ -33,7 +38,7 @@ class Estimator(ABC):
             optimizer: Applies the estimates.
 
         Raises:
-            ValueError: If it does not remember what the rule needs.
+            ValueError: If it does not remember what the rule needs, or has other directions than that can use.
         """
         del optimizer
         return self

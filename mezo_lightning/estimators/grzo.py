@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import pstdev
+from typing import TYPE_CHECKING
 
 from mezo_lightning.estimators.base import Estimator
 from mezo_lightning.estimators.checks import are_tied, check_epsilon
 from mezo_lightning.evaluators import Evaluate, Evaluation
+from mezo_lightning.flipout import Flipout
 from mezo_lightning.rowwise.points import RowPoint, row_seed
 from mezo_lightning.steps import GradientEstimate, round_coefficient
+
+if TYPE_CHECKING:
+    from mezo_lightning.optimizer import MeZO
 
 _PAIRS = ((0, 1),)
 
@@ -45,6 +50,19 @@ class GRZO(Estimator):
 
     def __post_init__(self) -> None:
         check_epsilon(self.epsilon)
+
+    @property
+    def by_row(self) -> bool:
+        return True
+
+    def knowing(self, optimizer: MeZO) -> Estimator:
+        if not isinstance(optimizer.space.sampler, Flipout):
+            raise ValueError(
+                f"estimator=GRZO asks for a direction for each row of the batch, and with sampler="
+                f"{optimizer.space.sampler} a batched forward cannot tell them apart: give the optimizer "
+                "`sampler: Flipout`, or take another estimator"
+            )
+        return self
 
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         epsilon = round_coefficient(self.epsilon)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from mezo_lightning.evaluators import Compare, Evaluate, Evaluator, Samples
 from mezo_lightning.flipout import Flipout
-from mezo_lightning.leaf_scratch import flat
+from mezo_lightning.outside_use import flat
 from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.rowwise.operations import OPERATIONS, RowDirections
 from mezo_lightning.rowwise.points import RowPoint, row_seed, rows_that_run

@@ -91,14 +91,14 @@ def read_weights(checkpoint: Mapping[str, Any], path: str, pieces: Mapping[str, 
 
 
 def optimizer_state(checkpoint: Mapping[str, Any], path: str, optimizer: MeZO) -> dict[str, Any]:
-    """The optimizer's state as this rank needs it, with its pieces of what rounding keeps beside the weights."""
+    """The optimizer's state as this rank needs it, with its pieces of what is kept beside the weights."""
     files = _files(checkpoint, path)
     [state] = checkpoint["optimizer_states"]
     beside = {}
     for piece in optimizer.space.slices:
         name, begin, end = piece.info.name, piece.begin, piece.begin + len(piece)
         if files is None and name in state["beside"]:
-            beside[name] = state["beside"][name].reshape(-1)[begin:end]
+            beside[name] = state["beside"][name][begin:end]
         elif files is not None and name in files.beside:
             beside[name] = files.read_beside(name, begin, end)
     return {**state, "beside": beside}

@@ -7,18 +7,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mezo_lightning.evaluators import Copy, Evaluator
+from mezo_lightning.fingerprints import fingerprint_of, named_weights
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.parameters import ParameterSpace, whole_shape
 from mezo_lightning.processes.ranks import Alone, Ranks
 from mezo_lightning.rowwise.evaluator import Rowwise
+from mezo_lightning.trajectory import Header
 
 if TYPE_CHECKING:
     from mezo_lightning.models.pretrained import CausalLM, Pretrained
@@ -41,6 +44,10 @@ class Placement(ABC):
     def named_parameters(self, model: nn.Module) -> list[tuple[str, Tensor]]:
         """All parameters by name, once each; a ``Shard`` where this process has a piece only."""
 
+    @abstractmethod
+    def named_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint would hold: parameters, as ``named_parameters`` gives them, and persistent buffers."""
+
     def parameter_counts(self, model: nn.Module) -> tuple[int, int]:
         """How many weights the model has in all, and how many of them are trainable."""
         sizes = [(whole_shape(p).numel(), p.requires_grad) for _, p in self.named_parameters(model)]
@@ -48,7 +55,21 @@ class Placement(ABC):
 
     @abstractmethod
     def fingerprint(self, space: ParameterSpace) -> int:
-        """The fingerprint of the whole model's weights, the same on all ranks if they agree."""
+        """The fingerprint of the whole model's tuned weights, the same on all ranks if they agree."""
+
+    @abstractmethod
+    def frozen_fingerprint(self, model: nn.Module, space: ParameterSpace) -> int:
+        """The fingerprint of all the model's other weights, the same on all ranks if they agree."""
+
+    def header(self, model: nn.Module, space: ParameterSpace, base: Mapping[str, Any]) -> Header:
+        """The header for the log of a run that starts from the weights as they are now.
+
+        Args:
+            model: The model.
+            space: The parameters that the run tunes.
+            base: Where the base weights come from.
+        """
+        return Header.of(space, base, self.fingerprint(space), self.frozen_fingerprint(model, space))
 
     @abstractmethod
     def present(self, model: nn.Module) -> AbstractContextManager[object]:
@@ -87,8 +108,14 @@ class Whole(Placement):
     def named_parameters(self, model: nn.Module) -> list[tuple[str, Tensor]]:
         return list(model.named_parameters())
 
+    def named_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        return named_weights(model)
+
     def fingerprint(self, space: ParameterSpace) -> int:
         return space.fingerprint()
+
+    def frozen_fingerprint(self, model: nn.Module, space: ParameterSpace) -> int:
+        return fingerprint_of(self.named_weights(model).items(), without=space.parameters)
 
     def present(self, model: nn.Module) -> AbstractContextManager[object]:
         return nullcontext()
@@ -100,7 +127,8 @@ class Whole(Placement):
         if copies:
             plain: Evaluator = Copy(space, min_valid_fraction=enough)
         else:
-            plain = LeafScratch(model, space, min_valid_fraction=enough)
+            lockstep = isinstance(self.ranks, Alone)  # ranks' messages come from one thread
+            plain = LeafScratch(model, space, lockstep=lockstep, min_valid_fraction=enough)
         if isinstance(space.sampler, Flipout):
             return Rowwise(model, space, plain, min_valid_fraction=enough)
         return plain

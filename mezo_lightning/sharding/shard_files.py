@@ -36,7 +36,7 @@ from mezo_lightning.processes.ranks import Ranks
 from mezo_lightning.sharding.weight_files import WeightFiles
 
 _FOLDERS = "weights"
-_BESIDE = "beside/"  # before the names of what rounding keeps; parameters have no slash in theirs
+_BESIDE = "beside/"  # before the names of what rounding or an update keeps; parameters have no slash in theirs
 _RANK_FILE = re.compile(r"rank-(\d{5,})-of-(\d{5,})\.safetensors")
 _CHUNK = 1 << 24  # elements that are read at once
 
@@ -61,7 +61,8 @@ def save_beside(
         step: Steps that the weights have made, for the name of their folder.
         ranks: The processes of the job; their disk must be the same.
         pieces: This rank's piece of every weight by name, empty ones too.
-        beside: What rounding keeps beside them, by the same names, as long as the pieces; empty ones may be missing.
+        beside: What rounding or an update keeps beside them, by the same names and [n, ...] for a piece of [n]; empty
+            ones may be missing.
         write_small: Called on rank zero only: writes the small file to a path that it is given, with the name of the
             folder, its second argument, in it.
 
@@ -170,13 +171,14 @@ def write_shards(
         rank: This process.
         world_size: How many there are; the folder is complete when all their files are there.
         pieces: This rank's piece of every weight by name, empty ones too.
-        beside: What rounding keeps beside them, by the same names, as long as the pieces; empty ones may be missing.
+        beside: What rounding or an update keeps beside them, by the same names and [n, ...] for a piece of [n]; empty
+            ones may be missing.
 
     Raises:
         OSError: If the file cannot be written.
     """
     for name, state in beside.items():
-        assert state.shape == pieces[name].shape, (name, state.shape, pieces[name].shape)
+        assert state.shape[:1] == pieces[name].shape, (name, state.shape, pieces[name].shape)
     tensors = {name: piece.data for name, piece in pieces.items()}
     tensors |= {_BESIDE + name: state for name, state in beside.items()}
     places = {name: [piece.begin, list(piece.whole)] for name, piece in pieces.items()}
@@ -228,7 +230,7 @@ class ShardFiles(WeightFiles):
         for name, held in self._held.items():
             self._check(name, held)
         self.beside = frozenset(name.removeprefix(_BESIDE) for name in self._held if name.startswith(_BESIDE))
-        """The names of the weights beside which rounding keeps something."""
+        """The names of the weights beside which something is kept."""
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -242,7 +244,7 @@ class ShardFiles(WeightFiles):
         return self._read(name, begin, end)
 
     def read_beside(self, name: str, begin: int, end: int) -> Tensor:
-        """What rounding keeps beside elements [begin, end) of a flattened weight: [end - begin] on the CPU."""
+        """What is kept beside elements [begin, end) of a flattened weight: [end - begin, ...] on the CPU."""
         return self._read(_BESIDE + name, begin, end)
 
     def _read(self, name: str, begin: int, end: int) -> Tensor:
@@ -287,7 +289,7 @@ def read_shards(files: ShardFiles, pieces: Mapping[str, Tensor], beside: Mapping
     Args:
         files: What to read.
         pieces: All weights of a model by name: a ``Shard`` where this process holds a piece only.
-        beside: What rounding keeps beside them here, flat and as long as the pieces.
+        beside: What is kept beside them here, [n, ...] for a piece of [n].
 
     Raises:
         ValueError: If names, shapes or dtypes differ from those in the files.
@@ -308,13 +310,13 @@ def read_shards(files: ShardFiles, pieces: Mapping[str, Tensor], beside: Mapping
                 part.copy_(files.read(name, begin, begin + part.numel()))
         for name, state in beside.items():
             for part, begin in _parts(state, pieces[name]):
-                part.copy_(files.read_beside(name, begin, begin + part.numel()))
+                part.copy_(files.read_beside(name, begin, begin + len(part)))
 
 
 def _parts(flat: Tensor, piece: Tensor) -> Iterator[tuple[Tensor, int]]:
     """Parts of what this process holds, and where each begins in the whole."""
     start = piece.begin if isinstance(piece, Shard) else 0
-    for begin in range(0, flat.numel(), _CHUNK):
+    for begin in range(0, len(flat), _CHUNK):
         yield flat[begin : begin + _CHUNK], start + begin
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_lightning.evaluators import Copy, Evaluator
+from mezo_lightning.fingerprints import fingerprint_of, named_weights
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.parameters import ParameterSpace, Shard
 from mezo_lightning.processes.ranks import Group, Lockstep, Ranks
@@ -132,8 +133,17 @@ class Sharded(Placement):
     def named_parameters(self, model: nn.Module) -> list[tuple[str, Tensor]]:
         return [(name, self.shard(parameter)) for name, parameter in model.named_parameters()]
 
+    def named_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        pieces = dict(self.named_parameters(model))
+        # Every rank has all of the buffers, and they are to count once.
+        return {**named_weights(model), **pieces} if self.ranks.rank == 0 else pieces
+
     def fingerprint(self, space: ParameterSpace) -> int:
         return sum(self.ranks.gather(space.fingerprint)) % (1 << 64)
+
+    def frozen_fingerprint(self, model: nn.Module, space: ParameterSpace) -> int:
+        mine = self.named_weights(model)
+        return sum(self.ranks.gather(lambda: fingerprint_of(mine.items(), without=space.parameters))) % (1 << 64)
 
     def present(self, model: nn.Module) -> AbstractContextManager[object]:
         return nullcontext() if self.gather == "layer" else _gathered(model)
@@ -187,6 +197,7 @@ class GatherOnce(Evaluator):
             self._inner = LeafScratch(model, dense, min_valid_fraction=min_valid_fraction)
 
     def visit(self, points: Sequence[Point]) -> Generator[Point, None, None]:
+        self._inner.space.sampler = self.space.sampler  # a resumed run has it from its checkpoint, later than this
         with _gathered(self._model), closing(self._inner.visit(points)) as visits:
             yield from visits
 

@@ -213,7 +213,7 @@ def test_moving_to_a_point_and_back(dtype: torch.dtype):
     rows = torch.tensor([6, 0, 999, 3, 3])
     for piece, moved in zip(there.slices, here.slices, strict=True):
         out = torch.empty_like(piece.weights)
-        there.perturb(piece, POINT, out)
+        there.perturb(piece, [(POINT, out)])
         assert same(out, moved.weights), piece.info.name
     some = there.perturbed_rows(there.slices[0], rows.to(DEVICE), POINT)
     assert same(some, here.slices[0].weights.view(1000, 251)[rows])

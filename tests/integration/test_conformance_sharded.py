@@ -1,7 +1,7 @@
 """Two processes that share the weights out between them give the run of one, with every sampler and estimator.
 
-The job of two processes starts once for all cases, and so does that of one. How the weights are cut up, and 16-bit ones
-among them, is for ``test_sharded.py``.
+The job of two processes starts once for all cases, and so does that of one. Ways of putting weights together, and of
+rounding 16-bit ones, have more cases in ``test_sharded.py``.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from conformance import ESTIMATORS, REFUSED, SAMPLERS
 from jobs import run_job, succeeded
 
-from mezo_lightning import Cone, MeZO, Trail
+from mezo_lightning import Cone, DenseAdam, MeZO, Trail
 
 LORA = {"adapter": {"peft_type": "LORA", "r": 3, "target_modules": ["q_proj", "v_proj"]}}
 SERVED = [name for name in ESTIMATORS if frozenset({name, "copy"}) not in REFUSED]
@@ -21,6 +21,9 @@ CASES: dict[str, dict[str, Any]] = {
     **{sampler: {"optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS[sampler])} for sampler in SAMPLERS},
     **{estimator: {"estimator": ESTIMATORS[estimator].estimator} for estimator in SERVED},
     "cone": {"estimator": Cone(), "optimizer": partial(MeZO, lr=1e-3, update=Trail())},
+    "bf16, lozo": {"precision": "bf16-true", "optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS["lozo"])},
+    "gathered whole, guided": {"strategy": "whole", "estimator": ESTIMATORS["guided"].estimator},
+    "dense adam": {"optimizer": partial(MeZO, lr=1e-3, update=DenseAdam())},
     "lora": {"pretrained": LORA},
     "lora, lozo": {"pretrained": LORA, "optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS["lozo"])},
     "lora, guided": {"pretrained": LORA, "estimator": ESTIMATORS["guided"].estimator},
@@ -42,9 +45,13 @@ def runs(opt: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         "trainer_arguments": {"num_sanity_val_steps": 0, "limit_val_batches": 0},
     }
     found = []
-    for ranks, settings in ((1, {"strategy": "one", "micro_batch_size": 2}), (2, {"strategy": "layer"})):
+    alone = {"strategy": "one", "micro_batch_size": 2}
+    for ranks, cases in (
+        (1, {name: case | alone for name, case in CASES.items()}),
+        (2, {name: {"strategy": "layer"} | case for name, case in CASES.items()}),
+    ):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        found += succeeded(run_job("fits", ranks, folder, common=common | settings, cases=CASES, run=folder))
+        found += succeeded(run_job("fits", ranks, folder, common=common, cases=cases, run=folder))
     return found
 
 

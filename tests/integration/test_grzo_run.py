@@ -24,7 +24,7 @@ from helpers import (
 from reward_examples import letters
 from transformers import AutoModelForCausalLM
 
-from mezo_lightning import GRZO, Flipout, MeZO, Pretrained
+from mezo_lightning import GRZO, Flipout, MeZO
 from mezo_lightning.reporting.records import RunRecords
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
@@ -60,12 +60,13 @@ def test_by_reward_of_what_each_row_writes(tmp_path: Path, opt: Path, rows: Path
     assert_same(weights(replayed(tmp_path, opt)), weights(model_of(module)))
 
 
-@pytest.mark.parametrize("evaluator", ["leaf_scratch", "copy"])
-def test_another_sampler_is_refused(evaluator: Any, tmp_path: Path, opt: Path, rows: Path):
-    module = grzo(opt, optimizer=functools.partial(MeZO, lr=1e-4), evaluator=evaluator)
-    with pytest.raises(ValueError, match=r"\(GRZO\), and this evaluator .* `sampler: Flipout`"):
-        trainer_of(tmp_path, 4).fit(module, data_of(rows))
-    assert_same(weights(model_of(module)), weights(Pretrained(str(opt)).load()))
+def test_another_sampler_and_weights_that_are_cut_up_are_refused_before_a_model_is_loaded(tmp_path: Path, rows: Path):
+    nowhere = Path("/nowhere/model")
+    with pytest.raises(ValueError, match=r"estimator=GRZO .* with sampler=Gaussian\(\) .*`sampler: Flipout`"):
+        grzo(nowhere, optimizer=functools.partial(MeZO, lr=1e-4))
+    trainer = trainer_of(tmp_path, 4, strategy="zero3_inference", devices=1)
+    with pytest.raises(ValueError, match=r"strategy=zero3_inference cannot be used with estimator=GRZO, .* replicated"):
+        trainer.fit(grzo(nowhere), data_of(rows))
 
 
 @pytest.mark.slow

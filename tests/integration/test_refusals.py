@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from helpers import Command, data_of, module_of, trainer_of
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+from mezo_lightning.strategies import ZeRO3Strategy
 
 NOWHERE = "/nowhere/model"
 """Loading it would be a FileNotFoundError."""
@@ -24,6 +27,7 @@ NOWHERE = "/nowhere/model"
         {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(minutes=1))], "enable_checkpointing": True},
         "train_time_interval .* every_n_train_steps",
     ),
+    ({"strategy": ZeRO3Strategy(), "plugins": [AsyncCheckpointIO()]}, "AsyncCheckpointIO .* leave the plugin out"),
 ])  # fmt: skip
 def test_trainers_that_cannot_work(arguments: dict[str, Any], message: str, tmp_path: Path, rows: Path):
     with pytest.raises(ValueError, match=message):

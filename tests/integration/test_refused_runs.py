@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Command, mezo, write_config
+from helpers import Command, data_of, mezo, trainer_of, write_config
+
+from mezo_lightning import CrossEntropy, MeZOModule, Pretrained
 
 REWARD = {"class_path": "RewardObjective", "init_args": {"reward": "reward_examples.letters"}}
 
@@ -64,6 +66,22 @@ def test_a_checkpoint_whose_weights_were_changed_is_refused_and_nothing_else_cha
     done = command("fit", "--config", tmp_path / "loss.yaml", *resume)
     assert "are not those that were saved" in str(done.code), done.output
     assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_whose_frozen_weights_were_changed_is_refused(tmp_path: Path, opt: Path, rows: Path):
+    def module() -> MeZOModule:
+        return MeZOModule(Pretrained(str(opt), trainable="bias"), CrossEntropy(), startup_checks=False)
+
+    trainer, path = trainer_of(tmp_path, 1), tmp_path / "one.ckpt"
+    trainer.fit(module(), data_of(rows))
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["state_dict"]["model.model.decoder.embed_tokens.weight"].view(torch.int32)[0, 0] ^= 1
+    torch.save(checkpoint, path)
+    before = (tmp_path / "trajectory.bin").read_bytes()
+    with pytest.raises(ValueError, match=r"the frozen weights are not those of the run in .*trajectory\.bin"):
+        trainer_of(tmp_path, 2).fit(module(), data_of(rows), ckpt_path=str(path))
+    assert (tmp_path / "trajectory.bin").read_bytes() == before
 
 
 def test_the_same_resume_is_good_where_nothing_is_wrong(command: Command, runs: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from helpers import assert_same, mezo, weights
@@ -23,13 +24,14 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from mezo_lightning import Header, Pretrained, Trajectory, replay
+from mezo_lightning import Pretrained, Trajectory, replay
 from mezo_lightning.commands import rebuild
 from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
 from mezo_lightning.models.pretrained import export
 from mezo_lightning.parameters import ParameterSpace, Shard
 from mezo_lightning.samplers import Gaussian, Rademacher
 from mezo_lightning.sharding import streaming
+from mezo_lightning.sharding.placement import Whole
 from mezo_lightning.sharding.shard_files import write_shards
 from mezo_lightning.steps import Step, round_coefficient, round_fp32
 
@@ -38,6 +40,7 @@ COMBINATIONS: Any = [
     ("fp32", "stochastic"),
     *((name, rounding) for name in ("bf16", "fp16") for rounding in ("stochastic", "compensated", "master")),
 ]
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -50,11 +53,13 @@ def step(number: int) -> Step:
 
 def make_run(folder: Path, pretrained: Pretrained, dtype: torch.dtype, rounding: Any = "stochastic") -> Path:
     """The trajectory of three steps, the second of which was skipped."""
-    named = [(name, p) for name, p in pretrained.load(dtype).named_parameters() if p.requires_grad]
+    model = pretrained.load(dtype)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     sampler = Rademacher() if rounding == "master" else Gaussian()
     space = ParameterSpace.of(named, [number % 2 for number in range(len(named))], sampler, rounding)
     folder.mkdir()
-    with Trajectory.create(folder / "trajectory.bin", Header.of(space, dataclasses.asdict(pretrained))) as log:
+    header = Whole().header(model, space, dataclasses.asdict(pretrained))
+    with Trajectory.create(folder / "trajectory.bin", header) as log:
         for made in (step(0), Step(number=1), step(2)):
             log.append(made)
     return folder
@@ -191,13 +196,34 @@ def test_what_ships_with_the_package_streams_too(tmp_path: Path, never_whole: An
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_other_base_weights_are_refused_before_anything_is_written(tmp_path: Path, folders: dict[str, Path]):
+def with_another_bit(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    weights["model.decoder.embed_positions.weight"].view(-1).view(torch.int32)[-1] ^= 1
+    return [weights]
+
+
+@pytest.mark.parametrize(("arguments", "another", "message"), [
+    ({}, "opt2", "starts from other weights than this model has"),
+    # All that follows starts from the same tuned weights on the other base.
+    ({"trainable": "bias"}, "opt2", "the frozen weights are not those of the run"),
+    ({"trainable": "bias"}, "one bit", "the frozen weights are not those of the run"),
+    ({"adapter": LORA}, "opt2", "the frozen weights are not those of the run"),
+    ({"adapter": LORA}, "one bit", "the frozen weights are not those of the run"),
+    ({"adapter": LORA, "quantization": NF4}, "opt2", "the frozen weights are not those of the run"),
+])  # fmt: skip
+def test_other_base_weights_are_refused_before_anything_is_written(
+    arguments: Any, another: str, message: str, tmp_path: Path, folders: dict[str, Path]
+):
+    if "quantization" in arguments:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra quantised)")
     base = tmp_path / "base"
     base.symlink_to(folders["opt"])
-    run = make_run(tmp_path / "run", Pretrained(str(base)), torch.float32)
+    run = make_run(tmp_path / "run", Pretrained(str(base), **arguments), torch.float32)
     base.unlink()
-    base.symlink_to(folders["opt2"])
-    with pytest.raises(ValueError, match="starts from other weights than this model has"):
+    if another == "one bit":
+        rewrite(folders["opt"], base, with_another_bit)
+    else:
+        base.symlink_to(folders[another])
+    with pytest.raises(ValueError, match=message):
         replay_run(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
@@ -422,13 +448,13 @@ def save(value, small_fails=False):
     try:
         save_beside(path, value, ranks, {"w": piece}, {}, write_small)
     except Exception as error:
-        print(type(error).__name__, str(error).split(str(folder))[-1])
+        print("told", type(error).__name__, str(error).split(str(folder))[-1], file=sys.stderr)
     dist.barrier()
     if rank == 0:
         small = torch.load(path)
         files = ShardFiles(weights_folder(path, small["weights"]))
         assert files.read("w", 0, SIZE).eq(small["value"]).all()
-        print("value", small["value"], "folders", len(list((path.parent / "weights").iterdir())))
+        print("told value", small["value"], "folders", len(list((path.parent / "weights").iterdir())), file=sys.stderr)
     dist.barrier()
 
 save(1)
@@ -446,23 +472,19 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_the_checkpoint(tmp_path: Path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SAVES, str(rank), str(tmp_path)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        ended = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], ended
+    (tmp_path / "saves.py").write_text(SAVES)
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    with forks.cleared() as processes:
+        for rank, log in enumerate(logs):
+            words = ("saves.py", str(rank), str(tmp_path))
+            processes.append(forks.start(forks.python, *words, folder=tmp_path, log=log))
+        codes = [forks.ended(process) for process in processes]
+    texts = [log.read_text() for log in logs]
+    assert codes == [0, 0], texts
     full = "could not be written: Error while serializing: I/O error: File too large (os error 27)"
     names = ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
-    zero, one = (out.splitlines() for out, _ in ended)
+    told = [[line.removeprefix("told ") for line in text.splitlines() if line.startswith("told ")] for text in texts]
+    zero, one = told
     assert [line for line in zero if line.startswith("value")] == [
         "value 1 folders 1", "value 2 folders 1", *["value 2 folders 1"] * 3, "value 5 folders 1",
     ]  # fmt: skip
@@ -480,7 +502,7 @@ def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_the_checkpoint(tmp_p
 
 FILE_BYTES = 25_000_000
 MEASURE = """
-import sys, threading, time
+import json, os, sys, threading, time
 from pathlib import Path
 from mezo_lightning.sharding import streaming
 from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
@@ -495,15 +517,24 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.001)
 
-command = {"replay": replay_run, "export": export_checkpoint}[sys.argv[1]]
-warm, real, out = map(Path, sys.argv[2:5])
-streaming.MAX_FILE_BYTES = int(sys.argv[5])
-command(warm, out / "warm")  # imports what is imported late
-before = peak = anonymous()
-threading.Thread(target=watch, daemon=True).start()
-command(real, out / "real")
-print(peak - before)
+def measure(case, command, warm, real, out):
+    global peak
+    command = {"replay": replay_run, "export": export_checkpoint}[command]
+    command(Path(warm), Path(out) / "warm")  # imports what is imported late
+    before = peak = anonymous()
+    threading.Thread(target=watch, daemon=True).start()
+    command(Path(real), Path(out) / "real")
+    print(case, peak - before, flush=True)
+
+streaming.MAX_FILE_BYTES = int(sys.argv[1])
+for words in json.loads(sys.argv[2]):  # each in a process of its own, which has imported everything
+    pid = os.fork()
+    if pid == 0:
+        measure(*words)
+        os._exit(0)
+    os.waitpid(pid, 0)
 """
+CASES = ("replay-master", "export-whole", "export-sharded")
 
 
 @pytest.fixture(scope="module")
@@ -526,28 +557,44 @@ def large(tmp_path_factory: pytest.TempPathFactory, opt: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["replay-master", "export-whole", "export-sharded"])
-def test_memory_stays_that_of_one_file(case: str, tmp_path: Path, large: Path, opt: Path):
+def written(folder: Path, model_folder: Path, case: str) -> Path:
+    """What a command is to read: a run, or a checkpoint."""
     command, kind = case.split("-")
-    inputs = []
-    for name, folder in (("warm", opt), ("real", large)):
-        pretrained = Pretrained(str(folder), trainable="fc1")  # a third of the weights, for the sake of time
-        if command == "replay":
-            inputs.append(make_run(tmp_path / name, pretrained, torch.bfloat16, kind))
-            continue
-        (tmp_path / name).mkdir()
-        save = save_whole if kind == "whole" else save_sharded
-        model = pretrained.load(torch.bfloat16)
-        inputs.append(save(tmp_path / name / "last.ckpt", model, pretrained, torch.bfloat16))
-    words = [sys.executable, "-c", MEASURE, command, *map(str, inputs), str(tmp_path / "out"), str(FILE_BYTES)]
+    pretrained = Pretrained(str(model_folder), trainable="fc1")  # a third of the weights, for the sake of time
+    if command == "replay":
+        return make_run(folder, pretrained, torch.bfloat16, kind)
+    folder.mkdir()
+    save = save_whole if kind == "whole" else save_sharded
+    return save(folder / "last.ckpt", pretrained.load(torch.bfloat16), pretrained, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, large: Path, opt: Path) -> dict[str, tuple[int, Path]]:
+    """By how many bytes the memory of each command grew, and what it wrote."""
+    outputs, words = {}, []
+    for case in CASES:
+        folder = tmp_path_factory.mktemp(case)
+        inputs = [str(written(folder / name, base, case)) for name, base in (("warm", opt), ("real", large))]
+        outputs[case] = folder / "out"
+        words.append([case, case.split("-")[0], *inputs, str(outputs[case])])
     # The allocator keeps up to 32 MB of small blocks for later, however large the model is; it is not to.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(FILE_BYTES), json.dumps(words)],
+        capture_output=True, text=True, timeout=500, env=environment, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.splitlines()[-1])
+    found = dict(line.split() for line in done.stdout.splitlines() if line.startswith(CASES))
+    assert found.keys() == set(CASES), done.stderr
+    return {case: (int(found[case]), outputs[case]) for case in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_memory_stays_that_of_one_file(case: str, measured: dict[str, tuple[int, Path]]):
+    peak, out = measured[case]
     print(f"{case}: {peak / 1e6:.0f} MB for files of {FILE_BYTES / 1e6:.0f} MB")
     assert peak < FILE_BYTES + 20e6
-    files = list((tmp_path / "out/real").glob("*.safetensors"))
+    files = list((out / "real").glob("*.safetensors"))
     assert len(files) == 9
     assert sum(path.stat().st_size for path in files) > 170e6

@@ -22,7 +22,7 @@ from helpers import (
 from jobs import run_job, succeeded
 from transformers import AutoModelForCausalLM
 
-from mezo_lightning import CentralDifference, LowRank, MeZO, Momentum, ScalarAdam
+from mezo_lightning import CentralDifference, DenseAdam, DenseMomentum, LowRank, MeZO, Momentum, ScalarAdam
 
 ANCHORED = {"weight_decay": 100.0, "decay_towards": "start"}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -30,6 +30,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "scalar adam": ("bf16-true", {"update": ScalarAdam(0.5, window=3), "rounding": "compensated"}),
     "decay towards the start": ("bf16-true", ANCHORED),
     "both": ("32-true", ANCHORED | {"update": Momentum(0.8, 3)}),
+    "dense": ("bf16-true", {"update": DenseMomentum()}),
 }
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
@@ -53,7 +54,7 @@ def test_trains_resumes_and_replays_to_the_same_bytes(case: str, tmp_path: Path,
     assert_same(weights(model_of(rest)), tuned)
     assert (tmp_path / "parts/trajectory.bin").read_bytes() == (tmp_path / "whole/trajectory.bin").read_bytes()
     terms = [len(step.terms) for step in steps_taken(tmp_path / "whole")]
-    assert terms == ([1, 2, 3, 3, 3, 3] if "update" in options else [1] * 6)
+    assert terms == ([1, 2, 3, 3, 3, 3] if case not in ("decay towards the start", "dense") else [1] * 6)
 
 
 def test_from_yaml_alone(tmp_path: Path, loss_config: Path, command: Command):
@@ -115,9 +116,15 @@ def test_a_run_that_was_cut_off_between_checkpoints_measures_its_last_steps_anew
 
 
 @pytest.mark.slow
-def test_two_processes_with_shards_make_the_run_of_one_with_two_micro_batches(tmp_path: Path, opt: Path, rows: Path):
+@pytest.mark.parametrize(
+    "options",
+    [ANCHORED | {"update": Momentum(0.8, 3), "sampler": LowRank(1, "identity", 0, None)}, {"update": DenseAdam()}],
+    ids=["momentum", "dense adam"],
+)
+def test_two_processes_with_shards_make_the_run_of_one_with_two_micro_batches(
+    options: dict[str, Any], tmp_path: Path, opt: Path, rows: Path
+):
     """They are stopped after three steps, and others go on."""
-    options = ANCHORED | {"update": Momentum(0.8, 3), "sampler": LowRank(1, "identity", 0, None)}
     optimizer = functools.partial(MeZO, lr=1e-3, **options)
     estimator = CentralDifference(EPSILON, num_queries=2)
     calm = module_of(opt, optimizer=optimizer, estimator=estimator, micro_batch_size=2)

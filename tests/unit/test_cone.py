@@ -178,4 +178,4 @@ def test_weights_are_part_of_an_estimate():
     assert estimate.terms == ((1, 3.0), (2, -1.5))
     assert replace(estimate, weights=()).terms == ((1, 3.0), (2, 3.0))
     optimizer, _ = optimizer_of(3, lr=1.0, update=None)
-    assert optimizer._make_step(estimate).terms == ((1, (-1.5,)), (2, (0.75,)))
+    assert optimizer._make_step(optimizer.memory, estimate).terms == ((1, (-1.5,)), (2, (0.75,)))

@@ -41,6 +41,7 @@ from torch import Tensor
 
 import mezo_lightning
 from mezo_lightning import parameters, samplers
+from mezo_lightning.dense import DenseAdam, DenseMomentum
 from mezo_lightning.estimators import Estimator
 from mezo_lightning.evaluators import Copy, Evaluator, Samples
 from mezo_lightning.parameters import ParameterInfo, ParameterSpace, Shard
@@ -203,10 +204,13 @@ def test_the_direction_that_was_evaluated_is_the_one_that_is_applied(of: Combina
         else:
             for point, weights in zip(points, seen, strict=True):
                 assert same_bits(weights, moved(before, [(z[seed], c) for seed, c in point.terms]))
+        moments = [state.clone() for state in run.optimizer.space.moments or ()]
         run.optimizer.step(estimate=estimate)
-        terms = log[2].terms
-    check_terms(run, estimate, terms)
-    assert same_bits(run.tensors(), stepped(run, start, before, [(z[seed], c) for seed, c in terms]))
+        step = log[2]
+    check_terms(run, estimate, step.terms)
+    along = [(z[seed], c) for seed, c in step.terms]
+    expected = stepped(run, start, before, along) if not moments else moved_by_rule(run, before, moments, along, step)
+    assert same_bits(run.tensors(), expected)
     assert not (any(estimate.projected_grads) and same_bits(run.tensors(), before))
 
 
@@ -229,8 +233,9 @@ def check_terms(run: Run, estimate: GradientEstimate, terms: Sequence[tuple[int,
     newest = terms[: len(estimate.seeds)]
     assert [seed for seed, _ in newest] == list(estimate.seeds)
     gradient = [estimate.scale * g for _, g in estimate.terms]
-    if run.optimizer.update is None:
-        assert [c for _, c in terms] == [tuple(round_coefficient(-lr * g) for lr in rates) for g in gradient]
+    if run.optimizer.update is None or run.optimizer.space.rule is not None:
+        factors = [-lr for lr in rates] if run.optimizer.update is None else [1.0] * len(rates)
+        assert [c for _, c in terms] == [tuple(round_coefficient(f * g) for f in factors) for g in gradient]
         return
     if not any(gradient):  # a tie
         assert not any(c for _, coefficients in newest for c in coefficients)
@@ -243,9 +248,11 @@ def check_terms(run: Run, estimate: GradientEstimate, terms: Sequence[tuple[int,
         assert coefficients == pytest.approx([-lr * size * g for lr in rates], rel=2**-10)
 
 
-def stepped(
-    run: Run, start: list[Tensor], before: list[Tensor], terms: Sequence[tuple[list[Tensor], tuple[float, ...]]]
-) -> list[Tensor]:
+Along = Sequence[tuple[list[Tensor], tuple[float, ...]]]
+"""Directions, and a coefficient of each for every parameter group."""
+
+
+def stepped(run: Run, start: list[Tensor], before: list[Tensor], terms: Along) -> list[Tensor]:
     """The weights after a step, by the formula of ``Step``, each sum rounded once a term."""
     result = []
     for at, piece in enumerate(run.optimizer.space.slices):
@@ -258,6 +265,25 @@ def stepped(
             result.append(before[at] + change)
         else:
             result += moved([before[at] * decay], mine)
+    return result
+
+
+def moved_by_rule(run: Run, before: list[Tensor], moments: list[Tensor], terms: Along, step: Step) -> list[Tensor]:
+    """The weights after a step of an update with dense moments, by its formula."""
+    result, rule = [], run.optimizer.update
+    for at, piece in enumerate(run.optimizer.space.slices):
+        group = piece.info.group
+        [gradient] = moved(
+            [torch.zeros_like(before[at])], [([z[at]], coefficients[group]) for z, coefficients in terms]
+        )
+        if isinstance(rule, DenseAdam):
+            first = moments[at][:, 0] * rule.beta1 + gradient * (1 - rule.beta1)
+            second = moments[at][:, 1] * rule.beta2 + gradient.square() * (1 - rule.beta2)
+            direction = first / (second.sqrt() + rule.zeta)
+        else:
+            assert isinstance(rule, DenseMomentum)
+            direction = moments[at][:, 0] * rule.beta + gradient
+        result.append(before[at] * step.decays[group] - direction * step.rates[group])
     return result
 
 
@@ -277,12 +303,11 @@ def moved(weights: list[Tensor], terms: Sequence[tuple[list[Tensor], float]]) ->
 
 
 def directions_seen(run: Run, seeds: set[int]) -> dict[int, list[Tensor]]:
-    """The directions, exactly, as a model whose weights are all zero holds them when it is evaluated along them."""
-    before, found = run.weights(), {}
-    set_weights(run, [torch.zeros_like(tensor) for tensor in before])
-    for point in Copy(run.optimizer.space).visit([Point(((seed, 1.0),)) for seed in sorted(seeds)]):
-        found[point.terms[0][0]] = run.weights()
-    set_weights(run, before)
+    """The directions, exactly, as a model is evaluated so far along them that nothing is left of its weights."""
+    before, found, far = run.weights(), {}, 2.0**60
+    for point in Copy(run.optimizer.space).visit([Point(((seed, far),)) for seed in sorted(seeds)]):
+        moved_far = [(now / far).masked_fill(now == then, 0.0) for now, then in zip(run.weights(), before, strict=True)]
+        found[point.terms[0][0]] = moved_far
     return found
 
 

@@ -163,7 +163,7 @@ def test_the_guiding_vector_that_was_probed_is_the_one_that_is_applied(pool_size
         return Copy(optimizer.space)(lambda: losses(model, torch.arange(9), torch.arange(9)))(points)
 
     estimate = GuidingVector(1e-3, pool_size, match_norm).estimate(evaluate, seed=1)
-    step = optimizer._make_step(scalars(estimate))
+    step = optimizer._make_step(optimizer.memory, scalars(estimate))
     probed, back = (dict(point.terms) for point in rounds[1])
     assert probed == {seed: -c for seed, c in back.items()}
     assert [seed for seed, _ in step.terms] == list(probed) == list(estimate.seeds)

@@ -14,6 +14,7 @@ TORCH_ONLY = [
     "steps",
     "rounding",
     "parameters",
+    "fingerprints",
     "evaluators",
     "leaf_scratch",
     "interrupts",
@@ -22,11 +23,16 @@ TORCH_ONLY = [
     "optimizer",
     "structured",
     "scaled",
+    "sparse",
+    "chunks",
     "layout",
     "flipout",
     "rowwise",
     "trajectory",
     "updates",
+    "dense",
+    "lockstep",
+    "outside_use",
 ]
 PACKAGE = ROOT / "mezo_lightning"
 CORE = sorted(

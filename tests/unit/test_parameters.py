@@ -85,15 +85,6 @@ def test_the_table_lists_parameters_one_after_another():
     assert space.numel == 499
 
 
-def test_the_table_hash_depends_on_names_shapes_and_order_only():
-    params = make_parameters(torch.float32)
-    space = make_space(params, "stochastic")
-    assert make_space(make_parameters(torch.bfloat16), "master", groups=[0] * 7).table_hash() == space.table_hash()
-    other_names = [(f"q{number}", parameter) for number, parameter in enumerate(params)]
-    assert ParameterSpace.of(other_names, GROUPS, Gaussian(), "stochastic").table_hash() != space.table_hash()
-    assert make_space(params[::-1], "stochastic").table_hash() != space.table_hash()
-
-
 def test_what_cannot_be_a_vector_is_refused_by_name():
     with pytest.raises(ValueError, match="no trainable parameter"):
         ParameterSpace.of([], [], Gaussian(), "stochastic")
@@ -130,7 +121,7 @@ def test_perturb_and_perturbed_rows_equal_move_to(dtype: torch.dtype):
     space.restore(saved)
     for piece, expected in zip(space.slices, moved, strict=True):
         out = torch.empty_like(expected)
-        space.perturb(piece, POINT, out)
+        space.perturb(piece, [(POINT, out)])
         assert same(out, expected)
     rows = torch.tensor([6, 0, 3, 3])
     found = space.perturbed_rows(space.slices[0], rows, POINT)
@@ -163,7 +154,7 @@ def test_shards_give_the_bits_of_the_whole(dtype: torch.dtype, rounding: Roundin
     for shard in shards:
         for piece in shard.slices:
             perturbed.append(torch.empty_like(piece.weights))
-            shard.perturb(piece, POINT, perturbed[-1])
+            shard.perturb(piece, [(POINT, perturbed[-1])])
     whole.move_to(POINT, kept)
     for shard, own_saved in zip(shards, saved, strict=True):
         shard.move_to(POINT, own_saved)

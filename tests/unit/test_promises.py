@@ -21,7 +21,9 @@ from mezo_lightning.samplers import Gaussian
 from mezo_lightning.steps import Step, round_coefficient
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARK = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "rounding.py")))
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "benchmarks")
+    BENCHMARK = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "rounding.py")))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -56,9 +58,7 @@ class Flaky:
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [*((dtype, "stochastic") for dtype in DTYPES), *((torch.bfloat16, r) for r in ROUNDINGS[1:])]
 )
-def test_500_steps_at_lr_0_with_a_failing_objective_leave_every_byte(
-    dtype: torch.dtype, kind: str, rounding: RoundingName
-):
+def test_steps_at_lr_0_with_a_failing_objective_leave_every_byte(dtype: torch.dtype, kind: str, rounding: RoundingName):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(12, 8), nn.LayerNorm(8), nn.Linear(8, 12)).to(dtype)
     for parameter in model.parameters():
@@ -67,7 +67,7 @@ def test_500_steps_at_lr_0_with_a_failing_objective_leave_every_byte(
     optimizer = MeZO(model.named_parameters(), lr=0.0, weight_decay=0.1, rounding=rounding)
     evaluator = Copy(optimizer.space) if kind == "copy" else LeafScratch(model, optimizer.space)
     objective, skipped, raised, estimates = Flaky(model, torch.arange(12)), 0, 0, []
-    for step in range(500):
+    for step in range(150):  # the calls that fail in one way or another meet in every order
         try:
             estimate = CentralDifference(1e-2).estimate(evaluator(objective), seed=step)
         except RewardFailedError:
@@ -76,9 +76,9 @@ def test_500_steps_at_lr_0_with_a_failing_objective_leave_every_byte(
         skipped += estimate.skipped is not None
         estimates += estimate.projected_grads
         optimizer.step(estimate=estimate)
-    assert raised > 30
-    assert skipped > 50
-    assert sum(g != 0 for g in estimates) > 200
+    assert raised > 10
+    assert skipped > 15
+    assert sum(g != 0 for g in estimates) > 60
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.data.view(torch.uint8), old.view(torch.uint8))
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -228,7 +229,17 @@ def test_a_weight_plus_a_product_is_one_rounding_of_the_exact_sum(sampler: LaneS
     assert torch.equal(torch.addcmul(weights, direction, torch.tensor(coefficient)), reference)
 
 
+@pytest.fixture
+def one_compiler() -> Iterator[None]:
+    """No pool of processes that import torch, for the sake of a few kernels."""
+    from torch._inductor import config
+
+    with config.patch(compile_threads=1):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_compiled_and_eager_bits_are_equal(sampler: LaneSampler):
@@ -251,6 +262,7 @@ def test_compiled_and_eager_bits_are_equal(sampler: LaneSampler):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_samplers_own_code_compiles_to_the_same_bits(sampler: LaneSampler):

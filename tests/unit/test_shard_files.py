@@ -26,7 +26,7 @@ from mezo_lightning.sharding.shard_files import (
 )
 
 SHAPES = {"matrix": (7, 13), "vector": (5,), "scalar": (), "cube": (3, 4, 5), "empty": (0, 4), "one": (1, 1)}
-BESIDE = {"none": None, "byte": torch.int8, "fp32": torch.float32}
+BESIDE = {"none": None, "byte": torch.int8, "fp32": torch.float32, "moments": torch.float32}
 
 
 def make_whole(dtype: torch.dtype, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
@@ -34,10 +34,12 @@ def make_whole(dtype: torch.dtype, shapes: dict[str, tuple[int, ...]] = SHAPES) 
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
-def make_beside(whole: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def make_beside(whole: dict[str, Tensor], dtype: torch.dtype | None, moments: bool = False) -> dict[str, Tensor]:
+    """A number for each weight, or two of them."""
     if dtype is None:
         return {}
-    return {name: (tensor.float().view(-1) * 50).to(dtype) for name, tensor in whole.items()}
+    flat = {name: (tensor.float().view(-1) * 50).to(dtype) for name, tensor in whole.items()}
+    return {name: torch.stack([tensor, -tensor], dim=1) for name, tensor in flat.items()} if moments else flat
 
 
 def cut(whole: Tensor, bounds: list[float], rank: int) -> Shard:
@@ -47,12 +49,18 @@ def cut(whole: Tensor, bounds: list[float], rank: int) -> Shard:
     return Shard(whole.view(-1)[marks[rank] : marks[rank + 1]].clone(), whole.shape, marks[rank], False)
 
 
+def cut_beside(beside: Tensor, bounds: list[float], rank: int) -> Tensor:
+    """What lies beside the piece of one rank."""
+    marks = [0, *(round(bound * len(beside)) for bound in bounds), len(beside)]
+    return beside[marks[rank] : marks[rank + 1]].clone()
+
+
 def write(folder: Path, whole: dict[str, Tensor], beside: dict[str, Tensor], bounds: list[float]) -> None:
     """Write the files of all ranks; one has nothing beside what it has nothing of, as an optimizer does."""
     world_size = len(bounds) + 1
     for rank in range(world_size):
         pieces = {name: cut(tensor, bounds, rank) for name, tensor in whole.items()}
-        near = {name: cut(tensor, bounds, rank).data for name, tensor in beside.items() if pieces[name].numel()}
+        near = {name: cut_beside(tensor, bounds, rank) for name, tensor in beside.items() if pieces[name].numel()}
         write_shards(folder, rank, world_size, pieces, near)
 
 
@@ -64,7 +72,7 @@ def test_any_piece_reads_back_whatever_cut_it(tmp_path_factory, kept: str, dtype
     bounds = sorted(data.draw(st.lists(st.floats(0, 1), max_size=4)))
     folder = tmp_path_factory.mktemp("weights")
     whole = make_whole(dtype)
-    beside = make_beside(whole, BESIDE[kept])
+    beside = make_beside(whole, BESIDE[kept], kept == "moments")
     write(folder, whole, beside, bounds)
     files = ShardFiles(folder)
     assert files.shapes == {name: tensor.shape for name, tensor in whole.items()}
@@ -85,13 +93,13 @@ def test_any_piece_reads_back_whatever_cut_it(tmp_path_factory, kept: str, dtype
 def test_another_number_of_ranks_takes_up_its_pieces(tmp_path: Path, monkeypatch, kept: str, chunk: int):
     monkeypatch.setattr(shard_files, "_CHUNK", chunk)
     whole = make_whole(torch.bfloat16)
-    beside = make_beside(whole, BESIDE[kept])
+    beside = make_beside(whole, BESIDE[kept], kept == "moments")
     write(tmp_path, whole, beside, [0.3, 0.4])
     for bounds in ([], [0.5], [0.1, 0.2, 0.9]):
         for rank in range(len(bounds) + 1):
             pieces = {name: cut(torch.zeros_like(tensor), bounds, rank) for name, tensor in whole.items()}
             near = {
-                name: cut(torch.zeros_like(tensor), bounds, rank).data
+                name: cut_beside(torch.zeros_like(tensor), bounds, rank)
                 for name, tensor in beside.items()
                 if pieces[name].numel()
             }
@@ -99,7 +107,7 @@ def test_another_number_of_ranks_takes_up_its_pieces(tmp_path: Path, monkeypatch
             for name, piece in pieces.items():
                 assert torch.equal(piece.data, cut(whole[name], bounds, rank).data)
                 if name in near:
-                    assert torch.equal(near[name], cut(beside[name], bounds, rank).data)
+                    assert torch.equal(near[name], cut_beside(beside[name], bounds, rank))
 
 
 def test_whole_weights_are_filled_too(tmp_path: Path):

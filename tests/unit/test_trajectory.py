@@ -1,5 +1,6 @@
 """Promise 3: base weights and the log give back the tuned weights bit for bit; and no damage goes unseen."""
 
+import dataclasses
 import os
 import struct
 import subprocess
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mezo_lightning.fingerprints import fingerprint_of, named_weights
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian, Rademacher, Sampler, derive_seed
@@ -66,7 +68,8 @@ def run(
     optimizer = MeZO(model.named_parameters(), lr=1e-5, weight_decay=10.0, rounding=rounding, sampler=sampler)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     weights = [flat(model)]
-    with closing(Trajectory.create(path, Header.of(optimizer.space))) as optimizer.trajectory:
+    frozen = fingerprint_of(named_weights(model).items(), without=optimizer.space.parameters)
+    with closing(Trajectory.create(path, Header.of(optimizer.space, frozen=frozen))) as optimizer.trajectory:
         for estimate in estimates(steps, queries):
             optimizer.step(estimate=estimate)
             scheduler.step()
@@ -179,6 +182,27 @@ def test_other_weights_of_the_same_shape_are_refused_and_left_alone(tmp_path: Pa
         with pytest.raises(ValueError, match="starts from other weights"):
             replay(model, trajectory)
     assert torch.equal(flat(other), before)
+
+
+def test_other_frozen_weights_are_refused_unless_the_log_is_too_old_to_know_them(tmp_path: Path):
+    _, weights = run(tmp_path / "t")
+    other = base()
+    other.get_parameter("1.bias").data.view(torch.int32)[-1] ^= 1
+    before = flat(other)
+    with closing(Trajectory.open(tmp_path / "t")) as trajectory:
+        assert Header.from_json(trajectory.header.to_json()) == trajectory.header
+        with pytest.raises(ValueError, match=r"the frozen weights are not those of the run.*load the base model"):
+            replay(other, trajectory)
+        assert torch.equal(flat(other), before)
+        old, steps = dataclasses.replace(trajectory.header, frozen=None), list(trajectory)
+    assert b"frozen" not in old.to_json()
+    with closing(Trajectory.create(tmp_path / "old", old)) as trajectory:
+        for step in steps:
+            trajectory.append(step)
+    with closing(Trajectory.open(tmp_path / "old")) as trajectory:
+        replay(other, trajectory)
+    other.get_parameter("1.bias").data.view(torch.int32)[-1] ^= 1
+    assert torch.equal(flat(other), weights[-1])
 
 
 def test_the_wrong_shape_dtype_or_name_is_refused_by_name(tmp_path: Path):

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mezo_lightning.dense import DenseAdam, DenseMomentum
 from mezo_lightning.estimators import CentralDifference, GuidingVector
 from mezo_lightning.evaluators import Copy
 from mezo_lightning.optimizer import MeZO
@@ -23,6 +25,8 @@ from mezo_lightning.updates import Momentum, ScalarAdam, Update
 
 LR = 1e-3
 UPDATES: list[Update | None] = [None, Momentum(0.8, 3), ScalarAdam(), ScalarAdam(0.5, 0.9, window=4)]
+ANCHORED: dict[str, Any] = {"weight_decay": 50.0, "decay_towards": "start"}
+DENSE: dict[str, Any] = {"weight_decay": 50.0, "update": DenseAdam(0.5, 0.9), "sampler": LowRank(refresh_right=2)}
 # pyright: reportArgumentType=false
 
 
@@ -82,15 +86,16 @@ def assert_moved_as(model: nn.Module, start: Tensor, target: Tensor) -> None:
 # -- against the formulas ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("update", [Momentum(0.8, window=20), DenseMomentum(0.8)], ids=["window", "dense"])
 @pytest.mark.parametrize("queries", [1, 3])
-def test_momentum_is_torch_sgd_while_the_window_holds_all_steps(queries: int):
+def test_momentum_is_torch_sgd_while_the_window_holds_all_steps(queries: int, update: Update):
     """The learning rate is outside of the sum: a schedule acts on old and new estimates alike."""
     model, given = make_model(), list(estimates(12, queries))
     rates = [LR * (1 + math.cos(step / 4)) for step in range(12)]
     start = flat(model).double()
     theta = nn.Parameter(start.clone())
     sgd = torch.optim.SGD([theta], momentum=0.8)
-    run(model, given, rates, update=Momentum(0.8, window=20))
+    run(model, given, rates, update=update)
     for estimate, rate in zip(given, rates, strict=True):
         if estimate.seeds:  # a skipped step is no step of momentum
             sgd.param_groups[0]["lr"] = rate
@@ -113,6 +118,41 @@ def test_a_window_cuts_the_tail_off():
 def test_the_docstrings_figure_of_what_the_window_leaves():
     whole = sum(0.9**k for k in range(1000))
     assert sum(0.9**k for k in range(Momentum().window)) / whole == pytest.approx(0.88, abs=0.005)
+
+
+@pytest.mark.parametrize("zeta", [1e-12, 1.0])
+def test_dense_adam_is_torch_adam_but_for_where_zeta_is_added(zeta: float):
+    """With a schedule, and two parameter groups of which one decays; after a skipped step it goes on as if there was
+    none. At a zeta that matters it is the form of the paper's section 2, written out."""
+    model, given = make_model(), list(estimates(12, 2))
+    rates = [LR * (1 + math.cos(step / 4)) for step in range(12)]
+    start = flat(model).double()
+    decayed = torch.cat([torch.full((p.numel(),), float(p.dim() >= 2)) for p in model.parameters()]).double()
+    theta = nn.Parameter(start.clone())
+    adam = torch.optim.Adam([theta], betas=(0.7, 0.9), eps=zeta)
+    target, m, v, t = start.clone(), torch.zeros_like(start), torch.zeros_like(start), 0
+    run(model, given, rates, update=DenseAdam(0.7, 0.9, zeta), weight_decay=5.0)
+    for estimate, rate in zip(given, rates, strict=True):
+        if not estimate.seeds:
+            continue
+        t += 1
+        gradient = dense(estimate, start.numel())
+        m, v = 0.7 * m + 0.3 * gradient, 0.9 * v + 0.1 * gradient.square()
+        target -= rate * (5.0 * decayed * target + math.sqrt(1 - 0.9**t) / (1 - 0.7**t) * m / (v.sqrt() + zeta))
+        adam.param_groups[0]["lr"], theta.grad = rate, gradient
+        theta.data -= rate * 5.0 * decayed * theta.data
+        adam.step()
+    assert_moved_as(model, start, target)
+    if zeta < 1e-6:
+        assert_moved_as(model, start, theta.detach())
+
+
+@pytest.mark.parametrize(("update", "stated"), [(DenseMomentum(), 4), (DenseAdam(), 8)])
+def test_dense_moments_take_the_memory_that_is_stated(update: Update, stated: int):
+    optimizer = run(make_model(torch.bfloat16), list(estimates(2)), update=update)
+    beside = optimizer.state_dict()["beside"].values()
+    assert sum(state.numel() * state.element_size() for state in beside) == stated * optimizer.space.numel
+    assert f"at {stated} bytes beside every weight" in (type(update).__doc__ or "")
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.7])
@@ -147,11 +187,13 @@ def test_scalar_adams_first_step_has_the_size_of_the_learning_rate(estimator: An
     assert float((flat(model) - start).square().mean().sqrt()) == pytest.approx(LR, rel=0.05)
 
 
-@pytest.mark.parametrize("update", [Momentum(0.0), ScalarAdam(zeta=1e-30)], ids=["momentum", "scalar adam"])
+@pytest.mark.parametrize(
+    "update", [Momentum(0.0), ScalarAdam(zeta=1e-30), DenseMomentum()], ids=["momentum", "scalar adam", "dense"]
+)
 def test_without_memory_a_step_has_the_terms_of_its_estimate(update: Update):
     optimizer = MeZO(make_model().named_parameters(), lr=LR, update=update, sampler=LowRank(refresh_right=2))
     for estimate in estimates(3, queries=2):
-        step = optimizer._make_step(optimizer._advance(estimate)[1])
+        step = optimizer._make_step(*optimizer._advance(estimate))
         assert tuple(seed for seed, _ in step.terms) == estimate.seeds
         optimizer.step(estimate=estimate)
 
@@ -201,13 +243,10 @@ def test_what_a_step_does_not_move_keeps_its_bytes(dtype: torch.dtype):
 
 OPTIONS: list[dict[str, Any]] = [
     *({"update": update} for update in UPDATES[1:]),
-    {"weight_decay": 50.0, "decay_towards": "start"},
-    {
-        "weight_decay": 50.0,
-        "decay_towards": "start",
-        "update": Momentum(0.8, 3),
-        "sampler": LowRank(2, "diagonal", 0, 0),
-    },
+    ANCHORED,
+    ANCHORED | {"update": Momentum(0.8, 3), "sampler": LowRank(2, "diagonal", 0, 0)},
+    {"update": DenseMomentum(0.8)},
+    DENSE,
 ]
 
 
@@ -254,12 +293,12 @@ def test_resume_and_replay_give_the_bytes_of_the_run(tmp_path: Path, options: di
     assert same_bytes(replayed, model)
 
 
-def test_shards_and_steps_one_by_one_give_the_same_bytes(tmp_path: Path):
+@pytest.mark.parametrize("options", [ANCHORED | {"update": Momentum(0.8, 3)}, DENSE], ids=["anchored", "dense"])
+def test_shards_and_steps_one_by_one_give_the_same_bytes(tmp_path: Path, options: dict[str, Any]):
     """Pieces of weights that begin and end anywhere, as `mezo replay` and ZeRO-3 have them."""
-    options = {"weight_decay": 50.0, "decay_towards": "start", "update": Momentum(0.8, 3)}
     model = logged(tmp_path / "t", torch.float32, options)
     with closing(Trajectory.open(tmp_path / "t")) as trajectory:
-        steps, table = list(trajectory), trajectory.header.table
+        steps, table, sampler = list(trajectory), trajectory.header.table, trajectory.header.make_sampler()
     for cuts in ([7], [0, 1, 53, 54, 55, 60, 95]):
         other = make_model()
         named = dict(other.named_parameters())
@@ -271,15 +310,16 @@ def test_shards_and_steps_one_by_one_give_the_same_bytes(tmp_path: Path):
                 if low < high
             ]
             if pieces:
-                space = ParameterSpace(pieces, table, Gaussian(), "stochastic")
+                space = ParameterSpace(pieces, table, sampler, "stochastic")
                 for step in steps:
                     space.apply([step])
         assert same_bytes(other, model)
 
 
-def test_a_log_that_begins_in_the_middle_of_a_run_has_its_start_there(tmp_path: Path):
+@pytest.mark.parametrize("options", [ANCHORED, DENSE], ids=["anchored", "dense"])
+def test_a_log_that_begins_in_the_middle_of_a_run_has_its_start_there(tmp_path: Path, options: dict[str, Any]):
     model, given = make_model(), list(estimates(8))
-    optimizer = run(model, given[:4], weight_decay=50.0, decay_towards="start")
+    optimizer = run(model, given[:4], **options)
     middle = {name: value.clone() for name, value in model.state_dict().items()}
     with closing(Trajectory.create(tmp_path / "t", Header.of(optimizer.space))) as optimizer.trajectory:
         for estimate in given[4:]:
@@ -291,14 +331,19 @@ def test_a_log_that_begins_in_the_middle_of_a_run_has_its_start_there(tmp_path: 
     assert same_bytes(other, model)
 
 
-def test_the_header_says_what_decay_is_towards_and_others_are_as_they_were():
-    towards_zero = MeZO(make_model().named_parameters(), weight_decay=0.1)
-    towards_start = MeZO(make_model().named_parameters(), weight_decay=0.1, decay_towards="start")
-    old, new = Header.of(towards_zero.space), Header.of(towards_start.space)
+def test_the_header_says_what_steps_do_not_and_others_are_as_they_were():
+    old, anchored, moments = (
+        Header.of(MeZO(make_model().named_parameters(), **options).space)
+        for options in ({"weight_decay": 0.1}, ANCHORED, {"update": DenseMomentum(0.5)})
+    )
     assert b"decay_towards" not in old.to_json()
-    assert Header.from_json(old.to_json()) == old
-    assert Header.from_json(new.to_json()) == new
-    assert (old.decay_towards, new.decay_towards) == ("zero", "start")
+    assert b"update" not in old.to_json()
+    for header in (old, anchored, moments):
+        assert Header.from_json(header.to_json()) == header
+    assert (old.decay_towards, anchored.decay_towards) == ("zero", "start")
+    assert (old.update, moments.update) == ({}, {"name": "DenseMomentum", "beta": 0.5})
+    with pytest.raises(ValueError, match="update 'Shampoo' is unknown; known are DenseMomentum, DenseAdam"):
+        replace(moments, update={"name": "Shampoo"}).make_rule()
 
 
 def test_a_skipped_step_leaves_the_memory_alone():
@@ -329,6 +374,9 @@ def test_one_description_serves_several_runs():
         (lambda: ScalarAdam(beta2=float("nan")), r"ScalarAdam\(beta2=nan\) must be"),
         (lambda: ScalarAdam(zeta=0.0), r"ScalarAdam\(zeta=0.0\) must be a positive number"),
         (lambda: ScalarAdam(window=0), r"ScalarAdam\(window=0\) must be"),
+        (lambda: DenseMomentum(1.0), r"DenseMomentum\(beta=1.0\) must be at least 0 and below 1"),
+        (lambda: DenseAdam(beta2=1.0), r"DenseAdam\(beta2=1.0\) must be"),
+        (lambda: DenseAdam(zeta=1e-40), r"DenseAdam\(zeta=1e-40\) must be a positive number, such as 1e-8"),
     ],
 )
 def test_wrong_numbers_are_refused_by_name(make: Any, message: str):
@@ -348,8 +396,13 @@ def test_wrong_numbers_are_refused_by_name(make: Any, message: str):
         ({"decay_towards": "start"}, "does nothing without weight_decay"),
         (
             {"decay_towards": "start", "weight_decay": 0.1, "rounding": "master"},
-            "rounding='master' both keep something beside 16-bit weights",
+            "rounding='master' both keep something beside the weights, and only one may: use rounding='stochastic'",
         ),
+        (
+            {"update": DenseAdam(), "rounding": "compensated"},
+            r"update=DenseAdam\(.*\) and rounding='compensated' both .*, or an update without dense moments \(Momentum",
+        ),
+        (ANCHORED | {"update": DenseMomentum()}, r"decay_towards='start' and update=DenseMomentum\(.*\) both keep"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str):
@@ -371,12 +424,16 @@ def test_the_state_of_another_rule_is_refused():
     for other, message in (
         ({"update": Momentum()}, "saved with update=none, this optimizer has update=Momentum"),
         ({"decay_towards": "start"}, "saved with decay_towards=zero, this optimizer has decay_towards=start"),
+        ({"sampler": Rademacher()}, r"saved with sampler=Gaussian\(\), this optimizer has sampler=Rademacher\(\)"),
     ):
         optimizer = MeZO(make_model().named_parameters(), **options, **other)
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(plain)
-    older = {key: value for key, value in plain.items() if key not in ("update", "decay_towards")}
+    older = {key: value for key, value in plain.items() if key not in ("update", "decay_towards", "sampler")}
     MeZO(make_model().named_parameters(), **options).load_state_dict(older)
+    moments = run(make_model(), list(estimates(2)), update=DenseMomentum(0.9)).state_dict()
+    with pytest.raises(ValueError, match=r"update=DenseMomentum\(beta=0.9\), this .*beta=0.5\): go on with the same"):
+        MeZO(make_model().named_parameters(), update=DenseMomentum(0.5)).load_state_dict(moments)
 
 
 def test_a_recorded_step_cannot_be_repeated_by_a_rule_that_has_to_see_estimates():
@@ -387,7 +444,11 @@ def test_a_recorded_step_cannot_be_repeated_by_a_rule_that_has_to_see_estimates(
     assert same_bytes(model, make_model())
 
 
-def test_a_later_step_without_the_start_is_refused():
+def test_a_later_step_without_the_start_or_moments_is_refused():
     space = MeZO(make_model().named_parameters()).space
+    with pytest.raises(
+        ValueError, match=r"step 7 goes on with the moments of DenseMomentum\(beta=0.9\), which are not"
+    ):
+        space.apply([Step(((1, (0.5,)),), (1.0,), 7, rule=DenseMomentum(), rates=(0.1,))])
     with pytest.raises(ValueError, match="step 7 decays towards the weights that the run started from"):
         space.apply([Step(((1, (0.5,)),), (0.9,), 7, "start")])

@@ -1,0 +1,150 @@
+"""Directions that are zero at the large weights of each matrix, as large as those are at the beginning of the step.
+
+Such directions are functions of the weights too, but of nothing else that is new: the weights of a step are what the
+steps before it made of the base, and what is large is decided once, on the base weights, and kept with the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mezo_lightning.parameters import Shard
+from mezo_lightning.samplers import Directions, Gaussian, Sampler, chunk_numel
+
+if TYPE_CHECKING:
+    from mezo_lightning.parameters import ParameterInfo, Slice
+
+
+@dataclass(frozen=True)
+class Sparse(Sampler):
+    """Directions that move only the small weights of every matrix (Sparse-MeZO: Liu et al., 2024, arXiv 2402.15751).
+
+    ``z = m * z'`` for directions z' of another sampler, where ``m = (|theta| <= threshold)`` is made anew from the
+    weights of each step, so that no mask is kept, and the threshold of a matrix is the magnitude that a fraction of its
+    weights had when the run began. Parameters of fewer than two dimensions (biases, norms) are moved as a whole. A
+    weight that has grown past its threshold is moved no more; weight decay acts on all weights.
+
+    z is not made longer for what it leaves out: a weight that moves is probed epsilon away and has the steps of lr that
+    it would have without ``Sparse``. As the estimate is less noisy the fewer weights move, lr may be larger.
+
+    The thresholds are found when the optimizer is built, of the weights as they are then: exactly, in two passes over
+    them, and the same however these are cut up over processes. They are in the log and in checkpoints.
+    """
+
+    sampler: Sampler = Gaussian()  # noqa: RUF009  (frozen)
+    """The directions among the small weights."""
+    fraction: float = 0.25
+    """The share of each matrix's weights that is small when the run begins."""
+    thresholds: dict[str, float] | None = field(default=None, compare=False, repr=False)
+    """The largest magnitude that moves, by the name of each matrix; null: found from the weights, as said above."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction < 1.0:
+            raise ValueError(f"Sparse(fraction={self.fraction}) must be above 0 and below 1")
+        if self.sampler.looks_at_weights:
+            raise ValueError("Sparse(sampler=Sparse) leaves out weights twice: use one of them")
+        for name, threshold in (self.thresholds or {}).items():
+            if not (math.isfinite(threshold) and threshold > 0.0):
+                raise ValueError(f"Sparse(thresholds={{{name!r}: {threshold}}}) must be a positive number")
+
+    @property
+    def looks_at_weights(self) -> bool:
+        return True
+
+    def settled(self, slices: Sequence[Slice], table: Sequence[ParameterInfo]) -> Sparse:
+        matrices = [info for info in table if len(info.shape) >= 2]
+        if self.thresholds is None:
+            own = {piece.info.start: piece for piece in slices}
+            return replace(self, thresholds={i.name: _threshold(own[i.start], self.fraction) for i in matrices})
+        for info in matrices:
+            if info.name not in self.thresholds:
+                raise ValueError(
+                    f"Sparse(thresholds) has no threshold for {info.name!r}: give one for every matrix that is tuned, "
+                    "or none at all"
+                )
+        return self
+
+    def bind(self, table: Sequence[ParameterInfo]) -> Directions:
+        return _SparseDirections(self.sampler.bind(table), self.thresholds)
+
+
+class _SparseDirections(Directions):
+    def __init__(self, inner: Directions, thresholds: Mapping[str, float] | None):
+        self._inner = inner
+        self._thresholds = thresholds
+
+    def fill(self, out: Tensor, seed: int, start: int, number: int = 0) -> Tensor:
+        return self._inner.fill(out, seed, start, number)
+
+    def rows(self, seed: int, starts: Tensor, width: int, number: int = 0) -> Tensor:
+        return self._inner.rows(seed, starts, width, number)
+
+    def active(self, info: ParameterInfo, weights: Tensor) -> Tensor | None:
+        assert self._thresholds is not None, "a space of parameters settles its sampler before it binds it"
+        if len(info.shape) < 2:
+            return None
+        return weights.to(torch.float32).abs().le_(self._thresholds[info.name])
+
+
+def _threshold(piece: Slice, fraction: float) -> float:
+    """The smallest magnitude of a matrix's weights that at least a fraction of them does not exceed.
+
+    The bits of a magnitude, taken as an integer, number the floats in order. So weights are counted by their upper 16
+    bits, and those that have the upper bits of the threshold by the lower ones. Counts of several processes add up.
+
+    Args:
+        piece: What this process holds of the matrix, maybe nothing; where it is cut up, all processes call this.
+        fraction: See above.
+
+    Raises:
+        ValueError: If it would be 0, or the matrix is cut up and the other pieces are out of reach.
+    """
+    bits, rank = 0, math.ceil(fraction * piece.info.numel)
+    for shift in (16, 0):
+        counts = _counts(piece, shift, bits)
+        if isinstance(piece.parameter, Shard):
+            _add_up(counts, piece.info)
+        up_to = counts.cumsum(0)
+        place = int(torch.searchsorted(up_to, rank))
+        rank -= int(up_to[place] - counts[place])
+        bits = bits << 16 | place
+    if not bits:
+        raise ValueError(
+            f"Sparse(fraction={fraction}): so many weights of {piece.info.name!r} are 0 that they alone would be its "
+            "small ones, and none of them could move twice: freeze it, raise fraction, or use another sampler"
+        )
+    return torch.tensor([bits], dtype=torch.int32).view(torch.float32).item()
+
+
+def _counts(piece: Slice, shift: int, above: int) -> Tensor:
+    """How many weights have which 16 bits of their fp32 magnitude from bit ``shift`` on: int64 [65536].
+
+    Args:
+        piece: The weights.
+        shift: 16 or 0.
+        above: The bits above those; weights that have others are not counted.
+    """
+    counts = torch.zeros(1 << 16, dtype=torch.int64, device=piece.parameter.device)
+    for chunk in piece.weights.split(chunk_numel(counts.device)):
+        magnitudes = chunk.to(torch.float32).abs().view(torch.int32)
+        if shift == 0:
+            magnitudes = magnitudes[magnitudes >> 16 == above]
+        counts += torch.bincount(magnitudes >> shift & 0xFFFF, minlength=1 << 16)
+    return counts
+
+
+def _add_up(counts: Tensor, info: ParameterInfo) -> None:
+    """Add the counts of all processes, in place."""
+    if not dist.is_initialized():
+        raise ValueError(
+            f"Sparse has to count all weights of {info.name!r}, of which this process has a piece only, and there is "
+            "no torch.distributed job: give thresholds"
+        )
+    dist.all_reduce(counts)
