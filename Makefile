@@ -26,7 +26,8 @@ demo: setup
 	$(BIN)/mezo fit --config configs/quickstart.yaml
 
 test: setup lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # the slow tests first, the quick ones fill the end
+	@# More workers than CI's two cores, for many tests wait; the slow files first, the quick ones fill the end.
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 unit: setup
 	$(BIN)/pytest tests/unit -m "not slow"

@@ -1,6 +1,5 @@
 """A tiny model of each kind and a file of rows, saved once; and a command line whose parser is quick to build."""
 
-import functools
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ import pytest
 import reward_examples
 import torch
 import transformers
-from helpers import Command, mezo, write_config, write_reward_config
+from helpers import Command, mezo, parse_docstrings_once, write_config, write_reward_config
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -65,12 +64,10 @@ def _fresh() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _docstrings_parsed_once() -> Iterator[None]:
-    """A parser of four subcommands reads every docstring four times: most of the time that a command takes to start."""
-    patch = pytest.MonkeyPatch()
-    cached = functools.lru_cache(maxsize=None)(docstring_parser.parse_from_object)
-    patch.setattr(docstring_parser, "parse_from_object", cached)
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstring_parser, "parse_from_object", docstring_parser.parse_from_object)  # undone at the end
+        parse_docstrings_once()
+        yield
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
@@ -105,6 +106,11 @@ def steps_taken(run: Path) -> list[Step]:
 
 def steps_of(run: Path) -> list[StepRecord]:
     return RunRecords(run).steps()
+
+
+def parse_docstrings_once() -> None:
+    """A parser of four subcommands reads every docstring four times: most of the time that a command takes to start."""
+    docstring_parser.parse_from_object = functools.lru_cache(maxsize=None)(docstring_parser.parse_from_object)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,13 @@
 
     results = run_job("name_of_function", ranks=2, folder=tmp_path, **arguments)
 
-The processes have torchrun's environment, and none of them outlives the call. They are forks of a server that has
-imported everything, which is most of what a job would take.
+The processes have torchrun's environment, and none of them outlives the call. They are forks; see ``forks.py``.
 """
 
 import functools
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-
-PATIENCE = 240
-"""Seconds for a whole job; one that hangs fails its test."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +58,11 @@ def exit_codes(target: Callable[..., None], ranks: int, *arguments: Any) -> list
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "test",
         }  # fmt: skip
-        processes.append(_server().Process(target=target, args=(environment, *arguments)))
+        processes.append(forks.server().Process(target=target, args=(environment, *arguments)))
     try:
         for process in processes:
             process.start()
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + forks.PATIENCE
         for process in processes:
             process.join(max(0.1, end - time.monotonic()))
         codes = [process.exitcode for process in processes]
@@ -79,25 +73,6 @@ def exit_codes(target: Callable[..., None], ranks: int, *arguments: Any) -> list
                 process.join()
     assert None not in codes, "the job hangs"
     return codes
-
-
-@functools.cache
-def _server() -> Any:
-    """The server of forks, with the modules that a rank needs; it is started by the first process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["deepspeed", "helpers", "mezo_lightning.cli", "transformers.models.opt.modeling_opt"]
-    )
-    # It finds modules where we do, and what is read on import is right for every rank.
-    ours = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    before = dict(os.environ)
-    os.environ |= ours
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ |= before
-    return context
 
 
 def succeeded(results: list[Result]) -> list[Any]:
@@ -120,7 +95,7 @@ def strategy_of(name: str, **arguments: Any) -> Any:
     """A strategy by a short name; "one" for a single process."""
     from mezo_lightning.strategies import ReplicatedStrategy, ZeRO3Strategy
 
-    usual = {"timeout": 60.0} | arguments
+    usual = {"timeout": 300.0} | arguments
     match name:
         case "one":
             return "auto"
@@ -250,8 +225,8 @@ class _Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def replayed(*, model: Path, run: Path, strategy: str) -> dict[str, Any]:
-    """The weights of a finished run, rebuilt from the base and the trajectory on sharded weights."""
+def replayed(*, runs: dict[str, Path], strategy: str) -> dict[str, dict[str, Any]]:
+    """The weights of finished runs, rebuilt from the base and the trajectory on sharded weights."""
     import torch.distributed as dist
 
     from mezo_lightning import Pretrained, Trajectory
@@ -259,12 +234,20 @@ def replayed(*, model: Path, run: Path, strategy: str) -> dict[str, Any]:
     from mezo_lightning.trajectory import replay_parameters
 
     dist.init_process_group("gloo")
-    placement = Sharded(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), strategy)
-    tuned = placement.load(Pretrained(str(model)), torch.float32)
-    named = dict(placement.named_parameters(tuned))
-    with Trajectory.open(run) as trajectory:
-        replay_parameters(named, trajectory, sum_over_ranks=lambda mine: sum(placement.ranks.gather(lambda: mine)))
-    return {name: shard.detach().clone() for name, shard in named.items()}
+    found = {}
+    for case, run in runs.items():
+        placement = Sharded(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), strategy)
+        with Trajectory.open(run) as trajectory:
+            model = placement.load(Pretrained(**trajectory.header.base), torch.float32)
+            replay_parameters(
+                placement.named_weights(model), trajectory, sum_over_ranks=functools.partial(_sum, placement.ranks)
+            )
+        found[case] = {name: shard.detach().clone() for name, shard in placement.named_parameters(model)}
+    return found
+
+
+def _sum(ranks: Any, mine: int) -> int:
+    return sum(ranks.gather(lambda: mine))
 
 
 def _main(environment: dict[str, str], folder: Path, function: str, arguments: dict[str, Any]) -> None:

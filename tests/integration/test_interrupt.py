@@ -1,53 +1,62 @@
 """Ctrl-C at random moments of a run, and at the worst ones: what is saved is a state that the trajectory has."""
 
-import json
+import os
 import random
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
-from helpers import Watch, assert_same, data_of, module_of, replayed, steps_of, steps_taken, trainer_of, weights
+from helpers import (
+    Watch,
+    assert_same,
+    data_of,
+    module_of,
+    parse_docstrings_once,
+    replayed,
+    steps_of,
+    steps_taken,
+    trainer_of,
+    weights,
+)
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mezo_lightning import MeZOModule, evaluators
+from mezo_lightning.callbacks import RunRecorder
+from mezo_lightning.cli import main
 from mezo_lightning.reporting.records import RunRecords
 from mezo_lightning.trajectory import Trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
-CHILD = """
-import functools, json, signal, sys
-import docstring_parser
-import torch
-docstring_parser.parse_from_object = functools.lru_cache(maxsize=None)(docstring_parser.parse_from_object)
-torch.set_num_threads(1)
-from mezo_lightning.callbacks import RunRecorder
-from mezo_lightning.cli import main
-
-write = RunRecorder.on_train_batch_end
-def noisy(self, trainer, *rest):
-    write(self, trainer, *rest)
-    if trainer.global_step == step:
-        print("running", file=sys.stderr, flush=True)
-RunRecorder.on_train_batch_end = noisy
-
-for step, words in json.loads(sys.stdin.readline()):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
-    try:
-        main(words)
-        code = "none"
-    except SystemExit as stop:
-        code = stop.code
-    print("code", code, file=sys.stderr, flush=True)
-"""
 RUNS = 5
+
+
+def run_one_after_another(jobs: list[tuple[int, list[str]]]) -> None:
+    """Run commands, and say when each has made so many steps, and how it ended."""
+    torch.set_num_threads(1)
+    parse_docstrings_once()
+    write = RunRecorder.on_train_batch_end
+
+    def noisy(self: Any, trainer: Any, *rest: Any) -> None:
+        write(self, trainer, *rest)
+        if trainer.global_step == step:
+            print("running", file=sys.stderr, flush=True)
+
+    RunRecorder.on_train_batch_end = noisy
+    for step, words in jobs:  # noqa: B007, the step is read above
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+        try:
+            main(words)
+            code = "none"
+        except SystemExit as stop:
+            code = stop.code
+        print("code", code, file=sys.stderr, flush=True)
 
 
 def consistent(run: Path, model: Path) -> int:
@@ -70,29 +79,20 @@ def test_ctrl_c_at_random_moments(kind: str, request: pytest.FixtureRequest, tmp
          "--model.optimizer.init_args.weight_decay", "0.1"]]
         for n in range(RUNS)
     ]  # fmt: skip
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CHILD)], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True, cwd=Path(__file__).parent,
-    )  # fmt: skip
-    assert child.stdin is not None
-    assert child.stderr is not None
     chance, lines, codes = random.Random(7), [], []
-    try:
-        child.stdin.write(json.dumps(jobs) + "\n")
-        child.stdin.flush()
-        for line in child.stderr:
-            lines.append(line)
-            if line == "running\n":
-                time.sleep(chance.uniform(0.0, 0.05))  # somewhere within a step
-                child.send_signal(signal.SIGINT)
-            elif line.startswith("code"):
-                codes.append(line.split()[1])
-        assert child.wait(60) == 0, "".join(lines)
-    finally:
-        child.kill()
-        child.wait()
-        child.stdin.close()
-        child.stderr.close()
+    os.mkfifo(tmp_path / "stderr")
+    with forks.cleared() as processes:
+        child = forks.start(run_one_after_another, jobs, folder=Path(__file__).parent, log=tmp_path / "stderr")
+        processes.append(child)
+        with (tmp_path / "stderr").open() as stderr:
+            for line in stderr:
+                lines.append(line)
+                if line == "running\n":
+                    time.sleep(chance.uniform(0.0, 0.05))  # somewhere within a step
+                    forks.send(child, signal.SIGINT)
+                elif line.startswith("code"):
+                    codes.append(line.split()[1])
+        assert forks.ended(child) == 0, "".join(lines)
     assert codes == ["1"] * RUNS
     assert "Traceback" not in "".join(lines)
     counts = [consistent(tmp_path / str(n), opt) for n in range(RUNS)]

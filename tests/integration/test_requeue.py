@@ -3,15 +3,25 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
-from helpers import assert_same, data_of, module_of, replayed, steps_taken, trainer_of, weights, write_config
+from helpers import (
+    assert_same,
+    data_of,
+    module_of,
+    parse_docstrings_once,
+    replayed,
+    steps_taken,
+    trainer_of,
+    weights,
+    write_config,
+)
 
 from mezo_lightning import MeZOModule, evaluators
 from mezo_lightning.processes.ranks import Alone
@@ -131,6 +141,13 @@ def reward(prompts, completions, **columns):
 Run = Callable[..., list[str]]
 
 
+def fit_as_task(folder: str, *words: str) -> None:
+    """The command `mezo`, which finds modules in a folder."""
+    sys.path.insert(0, folder)
+    parse_docstrings_once()
+    forks.python("-m", "mezo_lightning", *words)
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, opt: Path, rows: Path) -> Run:
     """Starts `mezo fit` as a SLURM job does, once for each task, and waits for its end; what the tasks wrote."""
@@ -146,32 +163,24 @@ def job(tmp_path_factory: pytest.TempPathFactory, opt: Path, rows: Path) -> Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = []
         run_dir.mkdir(exist_ok=True)
-        for task in range(tasks):
-            environment = {
-                **os.environ, **ONE_TASK, "SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(tasks),
-                "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task), "MASTER_ADDR": "127.0.0.1", "PATH": path,
-                "MASTER_PORT": str(port), "TO": str(asked), "SIGNAL": by,
-                "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            command = [sys.executable, "-m", "mezo_lightning", "fit", "--config", config, "--run_dir", run_dir]
-            usual = ["--trainer.max_steps", "6", "--checkpoint.every_n_train_steps", "6"]
-            several = ["--trainer.strategy", "replicated", "--trainer.devices", str(tasks)] if tasks > 1 else []
-            processes.append(
-                subprocess.Popen(
-                    [*map(str, command), *usual, *several, *words], env=environment, cwd=run_dir, text=True,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                )
-            )  # fmt: skip
-        try:
-            logs = [process.communicate(timeout=300)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        assert [process.returncode for process in processes] == [0] * tasks, logs
-        return logs
+        logs = [run_dir / f"task{task}.log" for task in range(tasks)]
+        with forks.cleared() as processes:
+            for task, log in enumerate(logs):
+                environment = {
+                    **ONE_TASK, "SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(tasks),
+                    "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task), "MASTER_ADDR": "127.0.0.1", "PATH": path,
+                    "MASTER_PORT": str(port), "TO": str(asked), "SIGNAL": by,
+                }  # fmt: skip
+                command = ["fit", "--config", config, "--run_dir", run_dir, *words]
+                usual = ["--trainer.max_steps", "6", "--checkpoint.every_n_train_steps", "6"]
+                several = ["--trainer.strategy", "replicated", "--trainer.devices", str(tasks)] if tasks > 1 else []
+                command = [str(folder), *map(str, command), *usual, *several]
+                processes.append(forks.start(fit_as_task, *command, folder=run_dir, log=log, environment=environment))
+            codes = [forks.ended(process) for process in processes]
+        texts = [log.read_text() for log in logs]
+        assert codes == [0] * tasks, texts
+        return texts
 
     return run
 

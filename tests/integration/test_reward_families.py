@@ -31,6 +31,7 @@ def test_two_steps(
         if not Path("/usr/bin/chromium").exists():
             pytest.skip("/usr/bin/chromium is not installed (Debian's package chromium)")
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "reward_families.py"))
     words = ["--families", family, "--steps", "2", "--rows", "6", "--runs", str(tmp_path), "--data.batch_size", "8"]
     benchmark["main"]([*words, "--model.estimator.init_args.num_queries", "1"], fit)

@@ -1,5 +1,6 @@
 """Several processes: the same steps and the same weights as one, however the weights are cut up."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,23 @@ import pytest
 import torch
 from jobs import fails_on_rank_one, length, run_job, succeeded
 
-from mezo_lightning import LowRank, MeZO, Rademacher, Subset
+from mezo_lightning import LowRank, MeZO, Trajectory
 
+QUIET = {"startup_checks": False, "trainer_arguments": {"num_sanity_val_steps": 0, "limit_val_batches": 0}}
+LORA = {"adapter": {"peft_type": "LORA", "r": 3, "target_modules": ["q_proj", "v_proj"]}}
+# Every sampler and estimator, on weights that are put together layer by layer: test_conformance_sharded.py.
 CASES: dict[str, dict[str, Any]] = {
-    "loss": {"steps": 50},
-    "reward": {"steps": 6, "reward": length},
-    "loss, copied": {"steps": 4, "evaluator": "copy"},
-    "bf16": {"steps": 6, "precision": "bf16-true"},
-    "fp16 compensated": {"steps": 6, "precision": "16-true", "rounding": "compensated"},
-    "rademacher": {"steps": 4, "optimizer": partial(MeZO, lr=1e-3, sampler=Rademacher())},
-    "low rank": {"steps": 4, "optimizer": partial(MeZO, lr=1e-3, sampler=LowRank(2, refresh_right=2))},
-    "layers by turns": {"steps": 4, "optimizer": partial(MeZO, lr=1e-3, sampler=Subset(order="cyclic"))},
-    "biases": {"steps": 4, "pretrained": {"trainable": "bias|layer_norm"}},
-    "lora": {
-        "steps": 4,
-        "pretrained": {"adapter": {"peft_type": "LORA", "r": 3, "target_modules": ["q_proj", "v_proj"]}},
-    },
-}
+    "loss": {"steps": 20},
+    "reward": {"steps": 5, "reward": length},  # an epoch, after which is a validation
+    "low rank, copied": {
+        "steps": 3, "evaluator": "copy", "optimizer": partial(MeZO, lr=1e-3, sampler=LowRank(2, refresh_right=2)),
+    } | QUIET,
+    "bf16": {"steps": 4, "precision": "bf16-true"} | QUIET,
+    "fp16 compensated": {"steps": 4, "precision": "16-true", "rounding": "compensated"} | QUIET,
+    "biases": {"steps": 4, "pretrained": {"trainable": "bias|layer_norm"}} | QUIET,
+    "lora": {"steps": 4, "pretrained": LORA} | QUIET,
+}  # fmt: skip
+VALIDATED = ("loss", "reward")
 STRATEGIES = ("replicated", "layer", "whole")
 
 pytestmark = pytest.mark.slow
@@ -53,6 +54,12 @@ def together(common: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     return succeeded(run_job("fits", 2, folder, common=common, cases=cases, run=folder))
 
 
+@pytest.fixture
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where the runs of a fixture are."""
+    return lambda fixture: next(tmp_path_factory.getbasetemp().glob(f"{fixture}*"))
+
+
 def joined(ranks: list[dict[str, Any]], name: str) -> torch.Tensor:
     """A whole parameter out of the pieces of all ranks."""
     return torch.cat([rank["held"][name][0] for rank in ranks])
@@ -69,6 +76,7 @@ def test_two_processes_equal_one_with_two_micro_batches_bit_for_bit(
     assert two[0]["digest"] == two[1]["digest"] == one["digest"]
     assert two[0]["fingerprint"] == two[1]["fingerprint"] == one["fingerprint"]
     assert two[0]["validation"] == two[1]["validation"] == one["validation"]
+    assert bool(one["validation"]) == (case in VALIDATED)
     assert two[0]["counts"] == one["counts"]
     for name, (whole, _) in one["held"].items():
         if strategy == "replicated":
@@ -88,12 +96,25 @@ def test_each_rank_holds_its_half(together: list[dict[str, Any]]):
 
 
 def test_base_and_trajectory_give_the_same_bytes_on_two_processes(
-    alone: dict[str, Any], together: list[dict[str, Any]], common: dict[str, Any], tmp_path: Path, request: Any
+    alone: dict[str, Any], tmp_path: Path, made: Callable[[str], Path]
 ):
-    run = next(Path(request.config._tmp_path_factory.getbasetemp()).glob("alone*")) / "loss"
-    ranks = succeeded(run_job("replayed", 2, tmp_path, model=common["model"], run=run, strategy="layer"))
-    for name, (whole, _) in alone["loss"]["held"].items():
-        assert torch.equal(torch.cat([rank[name] for rank in ranks]), whole), name
+    runs = {case: made("alone") / case for case in ("loss", "biases", "lora")}
+    ranks = succeeded(run_job("replayed", 2, tmp_path, runs=runs, strategy="layer"))
+    for case in runs:
+        for name, (whole, _) in alone[case]["held"].items():
+            assert torch.equal(torch.cat([rank[case][name] for rank in ranks]), whole), (case, name)
+
+
+@pytest.mark.usefixtures("alone", "together")
+def test_every_log_begins_with_the_header_of_one_process(made: Callable[[str], Path]):
+    """In it are fingerprints of all weights, frozen ones included, whatever pieces they are in."""
+    for case in CASES:
+        with Trajectory.open(made("alone") / case) as log:
+            header = log.header
+        assert bool(header.frozen) == (case in ("biases", "lora"))
+        for strategy in STRATEGIES:
+            with Trajectory.open(made("together") / f"{strategy}: {case}") as log:
+                assert log.header == header
 
 
 def test_uneven_batches_an_empty_rank_and_unequal_completions_neither_hang_nor_change_sums(
@@ -106,7 +127,7 @@ def test_uneven_batches_an_empty_rank_and_unequal_completions_neither_hang_nor_c
         "one row, reward": {"batch_size": 1, "reward": length},
         "uneven micro-batches": {"batch_size": 5, "micro_batch_size": 2, "reward": length},
     }
-    common = common | {"steps": 3}
+    common = common | {"steps": 2} | QUIET
     names = {
         f"{strategy}: {name}": case | {"strategy": strategy} for strategy in STRATEGIES for name, case in cases.items()
     }

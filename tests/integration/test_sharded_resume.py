@@ -1,5 +1,6 @@
 """Runs of several processes that are stopped, killed and taken up again, on as many processes or on others."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,14 @@ import pytest
 import torch
 from jobs import run_job, succeeded
 
-from mezo_lightning import Trajectory
+from mezo_lightning import MeZO, Sparse, Trajectory
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def common(opt: Path, rows: Path) -> dict[str, Any]:
-    return {"model": opt, "rows": rows, "every": 3}
+    return {"model": opt, "rows": rows, "every": 3, "startup_checks": False}
 
 
 def whole(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -29,9 +30,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     "case",
     [
         {"strategy": "layer", "reward": "jobs.length"},
-        {"strategy": "whole", "precision": "bf16-true", "rounding": "compensated"},
+        {
+            "strategy": "whole",
+            "precision": "bf16-true",
+            "optimizer": partial(MeZO, lr=1e-2, rounding="compensated", sampler=Sparse()),
+        },
     ],
-    ids=["layer", "whole, compensated"],
+    ids=["layer", "whole, compensated, sparse"],
 )
 def test_a_rank_that_is_killed_ends_the_job_and_the_resumed_run_ends_the_same(
     common: dict[str, Any], tmp_path: Path, case: dict[str, Any]

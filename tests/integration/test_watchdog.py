@@ -1,74 +1,72 @@
 """Whatever happens to one rank of a job, all of them end, and those that are left say why."""
 
+import atexit
 import contextlib
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forks
 import pytest
-from helpers import write_config
+import torch
+import torch.distributed as dist
 
-from mezo_lightning.processes.watchdog import Patience
-from mezo_lightning.reporting.records import RunRecords
+from mezo_lightning.processes.ranks import Group, RankError
+from mezo_lightning.processes.watchdog import Failure, Patience, Watchdog
 
 pytestmark = pytest.mark.slow
 
-RANK = """
-import atexit, json, os, sys, threading, time, warnings
-import torch
-import torch.distributed as dist
-from mezo_lightning.processes.ranks import Group, RankError
-from mezo_lightning.processes.watchdog import Failure, Watchdog
-
-torch.set_num_threads(1)
-rank, world_size, timeout, file, body = json.loads(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world_size)
-ranks = Group(rank, world_size)
-dog = Watchdog(ranks, "127.0.0.1", timeout)
-
-def ready():
-    print("ready", flush=True)
-
-try:
-    exec(body)
-except BaseException as error:
-    cause = dog.report(error)
-    if cause is not None:
-        raise RankError(cause) from error
-    raise
-finally:
-    dog.stop()
-"""
 HANG = "dist.barrier()  # which the others never come to"
 TIMEOUT = 4.0
 PLENTY = 60.0
 """Where ranks are to end by themselves, even on a busy machine."""
 
 
+def run_rank(body: str, rank: int, world_size: int, timeout: float, store: str, told: Connection) -> None:
+    """What a rank does: the lines of the test, and around them what a strategy does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    ranks = Group(rank, world_size)
+    names = {
+        "rank": rank, "ranks": ranks, "timeout": timeout, "dog": Watchdog(ranks, "127.0.0.1", timeout),
+        "ready": lambda: told.send("ready"), "Failure": Failure, "RankError": RankError, "Watchdog": Watchdog,
+        "atexit": atexit, "dist": dist, "os": os, "time": time,
+    }  # fmt: skip
+    try:
+        exec(body, names)
+    except BaseException as error:
+        cause = names["dog"].report(error)
+        if cause is not None:
+            raise RankError(cause) from error
+        raise
+    finally:
+        names["dog"].stop()
+
+
 @dataclass
 class Job:
     """The processes of a job, and what each wrote to stderr."""
 
-    processes: list[subprocess.Popen]
+    processes: list[BaseProcess]
     logs: list[Path]
+    ready: list[Connection]
 
     def wait_until_ready(self) -> None:
-        for process in self.processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
+        for connection in self.ready:
+            assert connection.recv() == "ready"
 
     def codes(self) -> list[int]:
         """Exit codes, once all have ended; a job that hangs is an error."""
-        return [process.wait(60) for process in self.processes]
+        return [forks.ended(process) for process in self.processes]
 
     def log(self, rank: int) -> str:
         return self.logs[rank].read_text()
@@ -77,26 +75,16 @@ class Job:
 @contextlib.contextmanager
 def job(body: str, *, world_size: int = 2, timeout: float = TIMEOUT) -> Iterator[Job]:
     """A job whose ranks all run the same lines."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        logs = [Path(folder) / f"{rank}.log" for rank in range(world_size)]
-        processes = []
-        try:
-            for rank, log in enumerate(logs):
-                words = json.dumps([rank, world_size, timeout, f"{folder}/store", textwrap.dedent(body)])
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", RANK, words],
-                        stdout=subprocess.PIPE, stderr=stack.enter_context(log.open("w")), text=True,
-                    )
-                )  # fmt: skip
-            yield Job(processes, logs)
-        finally:
-            for process in processes:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-                process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
+    with tempfile.TemporaryDirectory() as name, forks.cleared() as processes, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        running = Job(processes, [folder / f"{rank}.log" for rank in range(world_size)], [])
+        for rank, log in enumerate(running.logs):
+            ours, theirs = Pipe(duplex=False)
+            running.ready.append(stack.enter_context(ours))
+            with theirs:
+                words = (textwrap.dedent(body), rank, world_size, timeout, f"{folder}/store", theirs)
+                processes.append(forks.start(run_rank, *words, folder=folder, log=log))
+        yield running
 
 
 def ended_by_watchdog(log: str) -> str:
@@ -185,7 +173,7 @@ def test_a_killed_rank(killed: int, survivor_hangs: bool):
     with job(body, timeout=PLENTY if survivor_hangs else TIMEOUT) as running:
         running.wait_until_ready()
         time.sleep(0.5)
-        running.processes[killed].kill()
+        forks.send(running.processes[killed], signal.SIGKILL)
         codes = running.codes()
         assert codes[killed] == -signal.SIGKILL
         assert codes[1 - killed] == 1
@@ -204,11 +192,11 @@ def test_a_process_that_stands_still(frozen: int):
     with job(body) as running:
         running.wait_until_ready()
         time.sleep(0.5)
-        running.processes[frozen].send_signal(signal.SIGSTOP)
-        assert running.processes[1 - frozen].wait(60) == 1
+        forks.send(running.processes[frozen], signal.SIGSTOP)
+        assert forks.ended(running.processes[1 - frozen]) == 1
         cause = ended_by_watchdog(running.log(1 - frozen))
         assert cause.startswith(f"rank {frozen} of 2 has given no sign of life for ")
-        running.processes[frozen].send_signal(signal.SIGCONT)
+        forks.send(running.processes[frozen], signal.SIGCONT)
         assert running.codes() == [1, 1]
         assert "is ended by its watchdog: rank" in running.log(frozen)
 
@@ -238,112 +226,6 @@ def test_what_hangs_after_an_error_on_the_way_out_is_ended():
         assert running.codes() == [1, 1]
         for rank in range(2):
             assert ended_by_watchdog(running.log(rank)) == f"it did not end within {TIMEOUT:g} s of its own error"
-
-
-# -- as Lightning starts the ranks -------------------------------------------------------------------------------------
-
-KILLER = """
-import os, signal
-from mezo_lightning import CentralDifference
-
-calls = 0
-original = CentralDifference.estimate
-
-def estimate(self, evaluate, *, seed):
-    global calls
-    calls += 1
-    if calls == 2 and os.environ["LOCAL_RANK"] == os.environ["KILLED"]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, evaluate, seed=seed)
-
-CentralDifference.estimate = estimate
-
-def reward(prompts, completions, **columns):
-    return [len(set(text)) + len(text) / 10 for text in completions]
-"""
-SCRIPT = """
-import os, sys
-if os.environ.get("LOCAL_RANK", "0") == "1" and sys.argv[3] == "absent":
-    sys.exit(3)
-import torch
-from pathlib import Path
-from helpers import data_of, module_of, trainer_of
-from lightning.pytorch import Callback
-from mezo_lightning.processes.launching import Launcher
-from mezo_lightning.strategies import ZeRO3Strategy
-
-if sys.argv[3] == "orphan":
-    start = Launcher._call_children_scripts
-
-    def start_and_die(self):
-        start(self)
-        os.kill(os.getpid(), 9)
-
-    Launcher._call_children_scripts = start_and_die
-
-class Fails(Callback):
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_rank == 1 and trainer.global_step == 2:
-            module.model.model.decoder.layers[1].register_forward_pre_hook(self.fail)
-
-    def fail(self, *_):
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-
-torch.set_num_threads(1)
-strategy = ZeRO3Strategy(gather="layer", timeout=60)
-trainer = trainer_of(Path("run"), 4, strategy=strategy, devices=2, callbacks=[Fails()])
-trainer.fit(module_of(sys.argv[1]), data_of(Path(sys.argv[2])))
-"""
-
-
-def run_and_read(*words: object, folder: Path, **variables: str) -> tuple[int, str]:
-    """The exit code of a command, and its stderr to the end: until all processes that it started have ended too."""
-    path = os.pathsep.join([str(folder), str(Path(__file__).parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=folder, env=environment, timeout=300,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_a_run(killed: int, tmp_path: Path, opt: Path, rows: Path):
-    (tmp_path / "killer.py").write_text(KILLER)
-    completer = {"class_path": "Generate", "init_args": {"max_new_tokens": 6}}
-    objective = {"reward": "killer.reward", "completer": completer}
-    config = write_config(
-        tmp_path / "config.yaml", opt, rows, {"class_path": "RewardObjective", "init_args": objective}
-    )
-    words = ["-m", "mezo_lightning", "fit", "--config", config, "--run_dir", tmp_path / "run", "--trainer.devices", "2"]
-    strategy = ["--trainer.strategy", "ReplicatedStrategy", "--trainer.strategy.timeout", "60"]
-    code, log = run_and_read(*words, *strategy, folder=tmp_path, KILLED=str(killed))
-    if killed == 1:
-        assert code == 1
-        assert re.search(r"^mezo: error: rank 1 of 2 \(process \d+\) was killed by signal 9", log, re.M), log
-        info = RunRecords(tmp_path / "run").info()
-        assert info is not None
-        assert info.status == "failed"
-        assert "was killed by signal 9" in info.notes[0]
-    else:
-        assert code == -signal.SIGKILL
-        assert "\nmezo: error: rank 0 of 2 has ended without a word: its connection is closed\n" in log
-
-
-def test_an_error_within_a_forward_that_gathers_weights_ends_a_run(tmp_path: Path, opt: Path, rows: Path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    code, log = run_and_read("script.py", opt, rows, "present", folder=tmp_path, DS_ACCELERATOR="cpu")
-    assert code == 1
-    assert "[rank1]: torch.OutOfMemoryError: tried to allocate 20 GiB\n" in log
-    cause = "rank 1 of 2 failed: OutOfMemoryError: tried to allocate 20 GiB"
-    assert f"[rank0]: mezo_lightning.processes.ranks.RankError: {cause}\n" in log or ended_by_watchdog(log) == cause
-
-
-def test_a_process_that_never_joins_ends_a_run(tmp_path: Path, opt: Path, rows: Path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    code, log = run_and_read("script.py", opt, rows, "absent", folder=tmp_path, DS_ACCELERATOR="cpu")
-    assert code == 1
-    assert re.search(r"^mezo: rank 1 of 2 \(process \d+\) ended with exit code 3 before the job had begun$", log, re.M)
 
 
 # -- nothing fails -----------------------------------------------------------------------------------------------------
@@ -378,10 +260,10 @@ def test_a_job_that_was_suspended_goes_on():
         for _ in range(4):
             time.sleep(0.5)
             for process in running.processes:
-                process.send_signal(signal.SIGSTOP)
+                forks.send(process, signal.SIGSTOP)
             time.sleep(4)
             for process in running.processes:
-                process.send_signal(signal.SIGCONT)
+                forks.send(process, signal.SIGCONT)
         assert running.codes() == [0, 0, 0]
         assert running.log(0) + running.log(1) + running.log(2) == ""
 
@@ -413,10 +295,3 @@ def test_what_is_waited_for_adds_up_to_the_timeout(timeout: float):
     assert patience.silence >= 3 * patience.beat
     assert patience.suspicion <= patience.silence
     assert patience.grace >= 2 * patience.beat
-
-
-def test_a_process_whose_starter_is_gone_ends(tmp_path: Path, opt: Path, rows: Path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    code, log = run_and_read("script.py", opt, rows, "orphan", folder=tmp_path, DS_ACCELERATOR="cpu")
-    assert code == -signal.SIGKILL
-    assert "mezo: the process that started this one is gone before the job had begun\n" in log
