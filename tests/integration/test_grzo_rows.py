@@ -63,10 +63,3 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, opt: Path, rows: Pa
     two = succeeded(run_job("fit", 2, tmp_path / "job", model=opt, rows=rows, run=tmp_path / "two", **common))
     assert_same_steps(steps_taken(tmp_path / "one"), steps_taken(tmp_path / "two"))
     assert two[0]["digest"] == two[1]["digest"]
-
-
-@pytest.mark.slow
-def test_weights_that_are_cut_up_are_refused(tmp_path: Path, opt: Path, rows: Path):
-    common = {"model": opt, "rows": rows, "steps": 2, "optimizer": OPTIMIZER, "estimator": GRZO(1e-2)}
-    for error in succeeded(run_job("failing_fit", 2, tmp_path, strategy="whole", run=tmp_path / "r", **common)):
-        assert "(GRZO), and this evaluator gives all rows the same weights" in error
