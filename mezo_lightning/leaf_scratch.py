@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 from mezo_lightning.evaluators import Evaluator, Samples
 from mezo_lightning.interrupts import uninterrupted
-from mezo_lightning.lockstep import Lockstep
 from mezo_lightning.outside_use import ADVICE, OutsideUse
 from mezo_lightning.parameters import ParameterSpace, Slice
 from mezo_lightning.samplers import chunk_numel
 from mezo_lightning.steps import Point
+
+if TYPE_CHECKING:
+    from mezo_lightning.lockstep import Lockstep
 
 _SPARED = 8
 """Two runs in lockstep part where a layer gives more numbers than this part of all weights."""
@@ -48,11 +50,11 @@ class LeafScratch(Evaluator):
         model: The module whose submodules hold the parameters of ``space``.
         space: The trainable parameters, all of them held whole by this process.
         lockstep: Run the objective at the two points of a pair, theta + c z and theta - c z, by turns, from one linear
-            layer to the next, so that z is made once for both: a third less work beside the forwards of a step. The
-            second run is in a thread of its own, and ends last. The objective must not draw random numbers, nor change
-            anything that its next call would find changed. The values are the same. Not done where a module that has
-            parameters of its own runs others within its forward; and where a layer's output is large, above an eighth
-            of the trainable weights, the runs part, for the memory of a forward is to do.
+            layer to the next, so that z is made once for both: a third less work beside the forwards of a step
+            (`lockstep.py`, needs `greenlet`). The values are the same. The objective must not draw random numbers, nor
+            change anything that its next call would find changed. Not done where a module that has parameters of its
+            own runs others within its forward; and where a layer's output is large, above an eighth of the trainable
+            weights, the runs part, for the memory of a forward is to do.
         min_valid_fraction: See ``Evaluator``.
     """
 
@@ -126,7 +128,9 @@ class LeafScratch(Evaluator):
         def serve(products: dict[int, _Product]) -> list[Tensor]:
             return self._products([(pair[run], product) for run, product in products.items()])
 
-        self._runs = Lockstep(objective, serve, self._are_for_both, turn, self.space.device)
+        from mezo_lightning.lockstep import Lockstep
+
+        self._runs = Lockstep(objective, serve, self._are_for_both, turn)
         try:
             return self._runs()
         finally:
@@ -323,8 +327,8 @@ def _shares_memory(output: Any, buffer: Tensor) -> bool:
 
 
 def _rows_at_once(module: nn.Linear, limit: int) -> int:
-    """Rows of a linear layer's weight in a block: blocks are of one size and hold about ``limit`` numbers."""
-    blocks = max(1, round(module.weight.numel() / limit))
+    """Rows of a linear layer's weight in a block: blocks are of one size and hold up to ``limit`` numbers."""
+    blocks = -(-module.weight.numel() // limit)
     return -(-module.out_features // blocks)
 
 

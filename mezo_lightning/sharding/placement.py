@@ -127,7 +127,9 @@ class Whole(Placement):
         if copies:
             plain: Evaluator = Copy(space, min_valid_fraction=enough)
         else:
-            lockstep = isinstance(self.ranks, Alone)  # ranks' messages come from one thread
+            lockstep = isinstance(
+                self.ranks, Alone
+            )  # ranks meet within the objective: all would have to part at the same place
             plain = LeafScratch(model, space, lockstep=lockstep, min_valid_fraction=enough)
         if isinstance(space.sampler, Flipout):
             return Rowwise(model, space, plain, min_valid_fraction=enough)

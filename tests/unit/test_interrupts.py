@@ -242,7 +242,7 @@ class InterruptedSpace(ParameterSpace):
 
 
 def two_large_parameters() -> list[tuple[str, Tensor]]:
-    return [(name, torch.full((600_000,), 1.0, dtype=torch.bfloat16)) for name in "ab"]
+    return [(name, torch.full((700_000,), 1.0, dtype=torch.bfloat16)) for name in "ab"]
 
 
 def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end():

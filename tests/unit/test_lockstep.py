@@ -2,8 +2,7 @@
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,13 +42,6 @@ class Routed(nn.Module):
         self.routes.append(first)
         y = self.one(x) if first else self.other(x)
         return self.head(torch.tanh(self.one(y) + self.other(y)))
-
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
 
 
 class Counting(Gaussian):
@@ -192,6 +184,28 @@ def test_both_runs_have_the_callers_settings():
     assert torch.equal(alone.values, both.values)
 
 
+def test_settings_that_a_run_changes_stay_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Autocast that one run switches on must neither be on in the other one, nor afterwards."""
+    monkeypatch.setattr(leaf_scratch, "_SPARED", 0)
+    seen: list[tuple[torch.dtype, torch.dtype, torch.dtype]] = []
+    first, second, third = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+    model = nn.ModuleList([first, second, third])
+    x = torch.randn(4, 3)
+
+    def objective() -> Tensor:
+        one = first(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            two = second(one)
+        three = third(two.float())
+        seen.append((one.dtype, two.dtype, three.dtype))
+        return three.sum(-1)
+
+    alone, both = (evaluate(model, objective, lockstep=lockstep) for lockstep in (False, True))
+    assert set(seen) == {(torch.float32, torch.bfloat16, torch.float32)}
+    assert torch.equal(alone.values, both.values)
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_requests_are_served_together_until_they_differ():
     """The follower has its last answer before the runs part, and what is asked later is served to each alone."""
     served: list[dict[int, str]] = []
@@ -206,7 +220,7 @@ def test_requests_are_served_together_until_they_differ():
         run = turns[-1]
         return [lockstep.ask(word) for word in ["a", "b", "cd"[run], "e"]]
 
-    lockstep = Lockstep(function, serve, lambda one, other: one == other, turns.append, torch.device("cpu"))
+    lockstep = Lockstep(function, serve, lambda one, other: one == other, turns.append)
     assert lockstep() == (["0:a", "0:b", "0:c", "0:e"], ["1:a", "1:b", "1:d", "1:e"])
     assert served == [{0: "a", 1: "a"}, {0: "b", 1: "b"}, {0: "c"}, {0: "e"}, {1: "d"}, {1: "e"}]
 
@@ -219,6 +233,6 @@ def test_a_run_that_asks_for_nothing_waits_for_nobody():
         return turns[-1] if turns[-1] else lockstep.ask(5)
 
     turns: list[int] = []
-    lockstep = Lockstep(function, lambda r: [sum(r.values())], lambda a, b: True, turns.append, torch.device("cpu"))
+    lockstep = Lockstep(function, lambda r: [sum(r.values())], lambda a, b: True, turns.append)
     assert lockstep() == (5, 1)
     assert order == [0, 1]
