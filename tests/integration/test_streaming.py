@@ -594,7 +594,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory, large: Path, opt: Path) -
 def test_memory_stays_that_of_one_file(case: str, measured: dict[str, tuple[int, Path]]):
     peak, out = measured[case]
     print(f"{case}: {peak / 1e6:.0f} MB for files of {FILE_BYTES / 1e6:.0f} MB")
-    assert peak < FILE_BYTES + 22e6  # less than a second file; a replay with master weights takes 20 MB of its own
+    # A second file would be above it: a replay with master weights takes up to 25 MB of its own, buffers and all.
+    assert peak < FILE_BYTES + 30e6
     files = list((out / "real").glob("*.safetensors"))
     assert len(files) == 9
     assert sum(path.stat().st_size for path in files) > 170e6
