@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from statistics import fmean, median
@@ -108,33 +108,29 @@ SST2_SETTING = (
     "SmolLM2-135M-Instruct, the 21 norms of its upper layers (12,096 weights), batches of 8; rows of at most "
     f"{MOST_WORDS} words,\n{HELD_OUT_ROWS} held-out ones of the development set, the same for all runs. Prompt "
 )
+SST2_LOSS = Task(
+    f"## SST-2 by the loss over two options\n\n{SST2_SETTING}`{{sentence}} It was` terrible/great.",
+    ("smollm2-135m-sst2.yaml",),
+    Scored("accuracy", "loss"),
+    epsilon=2e-2,
+    unit=1e-2,
+    forwards=64,
+    calibration=32,
+    validations=2,
+    methods=SHORTLIST,
+    options=SST2,
+    same_rows=True,
+)
 TASKS = {
-    "sst2-loss": Task(
-        f"## SST-2 by the loss over two options\n\n{SST2_SETTING}`{{sentence}} It was` terrible/great.",
-        ("smollm2-135m-sst2.yaml",),
-        Scored("accuracy", "loss"),
-        epsilon=2e-2,
-        unit=1e-2,
-        forwards=64,
-        calibration=32,
-        validations=2,
-        methods=SHORTLIST,
-        options=SST2,
-        same_rows=True,
-    ),
-    "sst2-accuracy": Task(
-        f"## SST-2 by accuracy as the reward\n\n{SST2_SETTING}`{{sentence}} It was` bad/good,\n"
+    "sst2-loss": SST2_LOSS,
+    "sst2-accuracy": replace(
+        SST2_LOSS,
+        title=f"## SST-2 by accuracy as the reward\n\n{SST2_SETTING}`{{sentence}} It was` bad/good,\n"
         'between which it is less one-sided: it says "good" to 86 % of them, and "great" to nearly all.',
-        ("smollm2-135m-sst2.yaml", "smollm2-135m-sst2-accuracy.yaml"),
-        Scored("reward", "reward"),
+        configs=("smollm2-135m-sst2.yaml", "smollm2-135m-sst2-accuracy.yaml"),
+        scored=Scored("reward", "reward"),
         epsilon=0.1,
-        unit=1e-2,
-        forwards=64,
-        calibration=32,
-        validations=2,
-        methods=SHORTLIST,
         options={**SST2, "data.options": '[" bad", " good"]'},
-        same_rows=True,
     ),
     "quickstart": Task(
         "## The demo: F1 of short answers as the reward\n\n"

@@ -88,9 +88,8 @@ class LeafScratch(Evaluator):
         self._scratch_user: nn.Module | None = None
         self._blocks = {module: _rows_at_once(module, chunk_numel(space.device)) for module in self._linears}
         size = max((_nbytes([w]) // m.out_features * self._blocks[m] for m, (w, _) in self._linears.items()), default=0)
-        size *= 2 if self._lockstep else 1
-        self._block = torch.empty(-(-size // 4) * 4, dtype=torch.uint8, device=space.device)
-        self._numel = sum(map(len, space.slices))
+        points = 2 if self._lockstep else 1
+        self._block = torch.empty(-(-points * size // 4) * 4, dtype=torch.uint8, device=space.device)
         self._runs: Lockstep[_Product, Tensor, Samples] | None = None
         self._masters: dict[int, tuple[Tensor, Tensor]] = {}
         self._users: Counter[int] = Counter()  # modules that are running, for each parameter: they may be nested
@@ -122,13 +121,13 @@ class LeafScratch(Evaluator):
                 self._release()
 
     def _in_lockstep(self, pair: Sequence[Point], objective: Callable[[], Samples]) -> tuple[Samples, ...]:
+        from mezo_lightning.lockstep import Lockstep
+
         def turn(run: int) -> None:
             self._point = pair[run]
 
         def serve(products: dict[int, _Product]) -> list[Tensor]:
             return self._products([(pair[run], product) for run, product in products.items()])
-
-        from mezo_lightning.lockstep import Lockstep
 
         self._runs = Lockstep(objective, serve, self._are_for_both, turn)
         try:
@@ -289,7 +288,7 @@ class LeafScratch(Evaluator):
     def _are_for_both(self, product: _Product, other: _Product) -> bool:
         """Whether two products are of the same layer, and the room for both outputs can be spared."""
         large = product.input.numel() // product.module.in_features * product.module.out_features
-        return product.module is other.module and product.dtype == other.dtype and large * _SPARED <= self._numel
+        return product.module is other.module and product.dtype == other.dtype and large * _SPARED <= self.space.numel
 
     def _check_all_used(self) -> None:
         if len(self._unused) == len(self._names):

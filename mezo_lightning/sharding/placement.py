@@ -127,9 +127,8 @@ class Whole(Placement):
         if copies:
             plain: Evaluator = Copy(space, min_valid_fraction=enough)
         else:
-            lockstep = isinstance(
-                self.ranks, Alone
-            )  # ranks meet within the objective: all would have to part at the same place
+            # Several ranks meet within the objective: all would have to part at the same place.
+            lockstep = isinstance(self.ranks, Alone)
             plain = LeafScratch(model, space, lockstep=lockstep, min_valid_fraction=enough)
         if isinstance(space.sampler, Flipout):
             return Rowwise(model, space, plain, min_valid_fraction=enough)
