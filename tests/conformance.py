@@ -350,6 +350,7 @@ class Run:
 
     of: Combination
     lr: float = 0.05
+    device: torch.device = torch.device("cpu")
     points: list[tuple[Point, ...]] = field(default_factory=list)
     """Every round that was asked for."""
 
@@ -362,6 +363,7 @@ class Run:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.view(-1)[1] = -0.0
+        self.model.to(self.device)
         self.optimizer = MeZO(
             parameters(self.model),
             self.lr,
@@ -375,7 +377,8 @@ class Run:
 
     def losses(self) -> Tensor:
         """One a sample."""
-        return F.cross_entropy(self.model(IDS).float(), TARGETS, reduction="none")
+        ids, targets = IDS.to(self.device), TARGETS.to(self.device)
+        return F.cross_entropy(self.model(ids).float(), targets, reduction="none")
 
     def evaluate(self, points: Sequence[Point]) -> Evaluation:
         self.points.append(tuple(points))

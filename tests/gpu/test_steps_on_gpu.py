@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import conformance
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,23 @@ def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
     assert not [name for name in one if not same(one[name], other[name])]
 
 
+@pytest.mark.parametrize("combination", conformance.with_every_part(), ids=str)
+def test_every_part_moves_the_weights_to_the_same_bits_as_on_the_cpu(combination: conformance.Combination):
+    here, there = conformance.Run(combination), conformance.Run(combination, device=DEVICE)
+    for _ in range(4):
+        before = there.weights()
+        there.estimate()
+        assert conformance.same_bits(there.weights(), before), "evaluating left a trace"
+        estimate = here.estimate()
+        for run in (here, there):
+            run.optimizer.step(estimate=estimate)
+        assert conformance.same_bits([tensor.cpu() for tensor in there.weights()], here.weights())
+    here.load(there.saved())  # with all that optimizer and update remember
+    for run in (here, there):
+        run.optimizer.step(estimate=estimate)
+    assert conformance.same_bits([tensor.cpu() for tensor in there.weights()], here.weights())
+
+
 def make_evaluator(kind: type[Evaluator], model: nn.Module, optimizer: MeZO) -> Evaluator:
     return LeafScratch(model, optimizer.space) if kind is LeafScratch else Copy(optimizer.space)
 
@@ -62,11 +80,13 @@ def test_both_evaluators_give_the_same_values_and_leave_no_trace(
     model = make_model(architecture).to(DEVICE, dtype)
     optimizer, before = MeZO(model.named_parameters()), snapshot(model)
     found = []
-    for kind in (Copy, LeafScratch):
-        evaluation = make_evaluator(kind, model, optimizer)(losses(model))(POINTS)
+    lockstep = LeafScratch(model, optimizer.space, lockstep=True)
+    for evaluator in (Copy(optimizer.space), LeafScratch(model, optimizer.space), lockstep):
+        evaluation = evaluator(losses(model))(POINTS)
         assert_same_weights(snapshot(model), before)
         found.append(evaluation.values)
-    assert torch.equal(*found)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
     assert torch.equal(found[0][0], found[0][3])
     assert not torch.equal(found[0][0], found[0][1])
 
