@@ -105,7 +105,7 @@ class RunLog:
         self._frozen, *_ = self._ranks.gather(lambda: self._check() if self._ranks.rank == 0 else None)
 
     def check_weights(self, header: Header) -> None:
-        """Refuse weights that are not those that the checkpoint was saved with, after ``check``.
+        """Refuse weights that differ between ranks, or from those that the checkpoint was saved with, after ``check``.
 
         Args:
             header: Of the weights that there are now.
@@ -113,6 +113,15 @@ class RunLog:
         Raises:
             ValueError: If they are others.
         """
+        # Else the samples would be those of several models.
+        everywhere = self._ranks.gather(lambda: (header.fingerprint, header.frozen))
+        for rank, found in enumerate(everywhere):
+            if found != everywhere[0]:
+                kind = "tuned" if found[0] != everywhere[0][0] else "frozen"
+                raise ValueError(
+                    f"the {kind} weights of rank {rank} are not those of rank 0: give every machine the same base "
+                    "model, and call seed_everything before weights are drawn (adapters, a model from its config)"
+                )
         if self.fingerprint not in (None, header.fingerprint):
             raise ValueError(
                 f"the weights in {self.checkpoint} are not those that were saved: the file is damaged, or was changed; "

@@ -350,7 +350,7 @@ class Run:
 
     of: Combination
     lr: float = 0.05
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     points: list[tuple[Point, ...]] = field(default_factory=list)
     """Every round that was asked for."""
 

@@ -194,6 +194,11 @@ def failing_fit(**arguments: Any) -> str:
     return "no error"
 
 
+def fit_of_different_bases(*, models: list[Path], **arguments: Any) -> str:
+    """The error that a fit ends with in which every rank has a base model of its own."""
+    return failing_fit(model=models[int(os.environ["RANK"])], **arguments)
+
+
 def drifting_fit(*, at: int, **arguments: Any) -> str:
     """A fit in which one weight of rank one changes by itself after step ``at``."""
     return failing_fit(callbacks=(_Flip(at),), **arguments)

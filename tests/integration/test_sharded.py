@@ -1,5 +1,6 @@
 """Several processes: the same steps and the same weights as one, however the weights are cut up."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import fails_on_rank_one, length, run_job, succeeded
+from safetensors.torch import load_file, save_file
 
 from mezo_lightning import LowRank, MeZO, Trajectory
 
@@ -155,6 +157,21 @@ def test_what_a_reward_raises_on_one_rank_is_raised_on_both(common: dict[str, An
     assert "LookupError: no such judge" in zero
     assert zero.startswith("RankError: rank 1 of 2 failed")
     assert "LookupError: no such judge" in one
+
+
+@pytest.mark.parametrize(("kind", "pretrained"), [("tuned", {}), ("frozen", {"trainable": "bias"})])
+def test_ranks_that_begin_with_different_weights_are_refused(
+    common: dict[str, Any], tmp_path: Path, kind: str, pretrained: dict[str, Any]
+):
+    other = Path(shutil.copytree(common["model"], tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    next(value for name, value in weights.items() if name.endswith("fc1.weight"))[0, 0] += 1e-3
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    rest = {name: value for name, value in common.items() if name != "model"}
+    models = [common["model"], other]
+    arguments = rest | {"strategy": "replicated", "steps": 1, "pretrained": pretrained, "run": tmp_path / "run"}
+    for error in succeeded(run_job("fit_of_different_bases", 2, tmp_path / "job", models=models, **arguments)):
+        assert f"ValueError: the {kind} weights of rank 1 are not those of rank 0" in error
 
 
 @pytest.mark.parametrize("strategy", ["replicated"])
