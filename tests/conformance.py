@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from typing import Any, Literal
 
+import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
@@ -132,11 +133,11 @@ PRECISIONS: dict[str, tuple[torch.dtype, RoundingName]] = {
 class Net(nn.Module):
     """An embedding, two layers and a head, which may be the embedding's own weight."""
 
-    def __init__(self, head: Literal["own", "tied", "functional"] = "own"):
+    def __init__(self, head: Literal["own", "tied", "functional"] = "own", width: int = 4):
         super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.layers = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 4)])
-        self.head = nn.Identity() if head == "functional" else nn.Linear(4, 7, bias=False)
+        self.embed = nn.Embedding(7, width)
+        self.layers = nn.ModuleList([nn.Linear(width, width + 1), nn.Linear(width + 1, width)])
+        self.head = nn.Identity() if head == "functional" else nn.Linear(width, 7, bias=False)
         if isinstance(self.head, nn.Linear) and head == "tied":
             self.head.weight = self.embed.weight
 
@@ -160,6 +161,24 @@ def with_adapters() -> nn.Module:
     model: Any = Net()
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["layers.0", "layers.1"], init_lora_weights=False))
     return tuned
+
+
+def scales_of_codes() -> nn.Module:
+    """Two layers of 4-bit codes, of which only the scales are tuned: 5 each."""
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra quantised)")
+    from mezo_lightning.models.scales import add_scales
+
+    model = Net(width=16).requires_grad_(False)
+    for number, layer in enumerate(model.layers):
+        shape = layer.in_features, layer.out_features
+        codes = bitsandbytes.nn.Linear4bit(*shape, compress_statistics=False, quant_type="nf4")
+        codes.load_state_dict(layer.state_dict())
+        model.layers[number] = codes.requires_grad_(False).to("cpu")
+    add_scales(model, "log_scales")
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_scales"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def biases_only() -> nn.Module:
@@ -187,6 +206,7 @@ SPACES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
     "two groups": (Net, two_groups),
     "biases": (biases_only, everything),
     "lora": (with_adapters, everything),
+    "scales": (scales_of_codes, everything),
     "lstm": (Recurrent, everything),
     "tied": (lambda: Net("tied"), everything),
     "tied by a function": (lambda: Net("functional"), everything),
@@ -235,7 +255,11 @@ REFUSED: dict[frozenset[str], str] = {
         for rule in _ROWWISE
         for evaluator in ("copy", "leaf scratch")
     },
-    **{frozenset({rule, "lstm"}): "rows cannot have directions of their own there" for rule in _ROWWISE},
+    **{
+        frozenset({rule, space}): "rows cannot have directions of their own there"
+        for rule in _ROWWISE
+        for space in ("lstm", "scales")
+    },
 }
 """Pairs that cannot work, and what the error says."""
 IMPLIED = {
@@ -395,15 +419,16 @@ class Run:
             self.optimizer.step(estimate=self.estimate())
 
     def saved(self) -> bytes:
-        """Weights and the optimizer's state, as a file."""
+        """The tuned weights and the optimizer's state, as a file."""
         file = io.BytesIO()
-        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+        weights = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        torch.save({"model": weights, "optimizer": self.optimizer.state_dict()}, file)
         return file.getvalue()
 
     def load(self, saved: bytes) -> None:
         """Go on from there."""
         state = torch.load(io.BytesIO(saved), weights_only=True)
-        self.model.load_state_dict(state["model"])
+        assert not self.model.load_state_dict(state["model"], strict=False).unexpected_keys
         self.optimizer.load_state_dict(state["optimizer"])
 
     def tensors(self) -> list[Tensor]:
