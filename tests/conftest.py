@@ -21,6 +21,8 @@ from transformers import (
 from mezo_lightning.data.batch import Batch
 
 torch.set_num_threads(1)
+# A shell starts what runs in its background with Ctrl-C ignored, and tests would wait for it in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SPECIAL = ["<s>", "<pad>", "</s>"]  # ids 0, 1, 2, as OPT has them
 CORPUS = [
