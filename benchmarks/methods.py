@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from statistics import fmean, median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from methods_results import SEEDS, SIZES, TUNING_SEED, Comparison, Results, Run, Scored, heading, plot, table, write
@@ -327,11 +328,13 @@ def main() -> None:
         return
     print(budget(args.tasks, args.methods), flush=True)
     sources = prepare(args.data, args.runs) if any(TASKS[task].same_rows for task in args.tasks) else {}
-    bench = Bench(results, args.runs / "run", sources)
-    for task in args.tasks:
-        for method in TASKS[task].methods:
-            if method in args.methods and time.monotonic() < stop_at:
-                compare(bench, task, method, stop_at)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=args.runs) as folder:  # of its own: several of these may run side by side
+        bench = Bench(results, Path(folder) / "run", sources)
+        for task in args.tasks:
+            for method in TASKS[task].methods:
+                if method in args.methods and time.monotonic() < stop_at:
+                    compare(bench, task, method, stop_at)
 
 
 if __name__ == "__main__":

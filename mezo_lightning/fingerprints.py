@@ -1,14 +1,12 @@
-"""A fingerprint of the weights that a run does not tune, so that its log is refused on another base.
+"""A fingerprint of weights, so that a log is refused on others than it began with: the tuned ones, and the frozen ones.
 
-Tuned weights have positions, and ``ParameterSpace.fingerprint`` is a hash of them. Frozen weights have none but are
-known by name, and are often many times as many. An element, its bits taken for an integer n, counts ::
+An element of the flattened weight ``name``, its bits taken for an integer n, counts ::
 
-    n * odd(j) * odd(name, i) + odd(name)      at place 2^18 * i + j of the flattened weight ``name``, modulo 2^64
+    n * odd(j) * odd(name, i) + odd(name)      at place 2^18 * i + j, modulo 2^64
 
 where the odd numbers are fixed and look random. The fingerprint is the sum over all elements: whatever way weights are
 cut up, those of the pieces add up to it. It is a multilinear hash (Lemire & Kaser, 2014, arXiv 1202.4961): a single bit
 that changes is always seen, and two models that differ in more than that agree with a chance of about 2^-32 at most.
-It takes a tenth of the time of the other fingerprint, which mixes the bits of every element.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from mezo_lightning.parameters import Shard
 from mezo_lightning.samplers import GOLDEN, derive_seed, mix64
+from mezo_lightning.shards import Shard
 
 _BLOCK = 1 << 18
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}

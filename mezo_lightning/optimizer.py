@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mezo_lightning.dense import Dense
 from mezo_lightning.interrupts import uninterrupted
-from mezo_lightning.parameters import ParameterSpace, whole_shape
+from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian, Sampler
+from mezo_lightning.shards import whole_shape
 from mezo_lightning.steps import DecayTowards, GradientEstimate, Step, round_coefficient, round_fp32
 from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 from mezo_lightning.trajectory import MOST_TERMS, Trajectory

@@ -14,43 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mezo_lightning.chunks import Chunk, plan
 from mezo_lightning.dense import Dense
+from mezo_lightning.fingerprints import fingerprint_of
 from mezo_lightning.rounding import RoundingName, Store, fill_rounding_lanes, make_store
-from mezo_lightning.samplers import GOLDEN, Sampler, chunk_numel, mix64
+from mezo_lightning.samplers import Sampler, chunk_numel
+from mezo_lightning.shards import Shard, whole_shape
 from mezo_lightning.steps import DecayTowards, Point, Step
-
-_MASK64 = (1 << 64) - 1
-
-
-class Shard(nn.Parameter):
-    """A contiguous piece of a parameter that lies cut up over several processes, sharing storage with what they hold.
-
-    It stands for its parameter wherever parameters are taken. It may be empty.
-
-    Args:
-        data: The piece, flat: [n].
-        whole: Shape of the whole parameter.
-        begin: Where the piece begins in the flattened parameter.
-        requires_grad: Whether the parameter is trainable.
-    """
-
-    whole: torch.Size
-    begin: int
-
-    def __new__(cls, data: Tensor, whole: Sequence[int], begin: int, requires_grad: bool = True) -> Shard:
-        assert data.dim() == 1, data.shape
-        self = super().__new__(cls, data, requires_grad)
-        self.whole = torch.Size(whole)
-        self.begin = begin
-        return self
-
-
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, also where only a piece of it is here."""
-    return parameter.whole if isinstance(parameter, Shard) else parameter.shape
 
 
 @dataclass(frozen=True)
@@ -354,19 +326,9 @@ class ParameterSpace:
     def _rounds(self) -> bool:
         return self.rounding != "master" and any(piece.parameter.dtype != torch.float32 for piece in self.slices)
 
-    @torch.no_grad()
     def fingerprint(self) -> int:
-        """A 64-bit hash of the working weights and their positions.
-
-        The sum, modulo 2^64, of a hash of every (position, bits) pair: the fingerprint of a sharded model is the sum of
-        its shards' fingerprints.
-        """
-        total = 0
-        for chunk in self._chunks:
-            for piece in chunk.pieces:
-                weights = self.slices[piece.slice].weights[piece.begin : piece.end]
-                bits = weights.view(torch.int32 if weights.element_size() == 4 else torch.int16).to(torch.int64)
-                start = chunk.start + piece.at
-                positions = torch.arange(start, start + bits.numel(), dtype=torch.int64, device=bits.device)
-                total += int(mix64(mix64(positions.add_(GOLDEN - 2**64)).add_(bits)).sum())
-        return total & _MASK64
+        """A 64-bit hash of the working weights, see ``fingerprints.py``; those of shards add up, modulo 2^64."""
+        return fingerprint_of(
+            (piece.info.name, Shard(piece.weights, piece.info.shape, piece.begin, False))  # pyright: ignore[reportCallIssue]
+            for piece in self.slices
+        )

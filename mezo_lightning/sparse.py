@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mezo_lightning.parameters import Shard
 from mezo_lightning.samplers import Directions, Gaussian, Sampler, chunk_numel
+from mezo_lightning.shards import Shard
 
 if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo, Slice

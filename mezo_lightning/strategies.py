@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 
 from mezo_lightning.optimizer import MeZO
-from mezo_lightning.parameters import Shard
 from mezo_lightning.processes.launching import Launcher
 from mezo_lightning.processes.ranks import Group, RankError
 from mezo_lightning.processes.watchdog import Watchdog
@@ -23,6 +22,7 @@ from mezo_lightning.sharding.checkpoints import load_small, optimizer_state, rea
 from mezo_lightning.sharding.placement import Placement, Whole
 from mezo_lightning.sharding.shard_files import remove
 from mezo_lightning.sharding.zero3 import Gather, Sharded
+from mezo_lightning.shards import Shard
 
 
 class ReplicatedStrategy(DDPStrategy):

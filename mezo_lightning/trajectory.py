@@ -29,16 +29,17 @@ from torch import Tensor, nn
 
 from mezo_lightning.dense import Dense, dense_as_dict, dense_from_dict
 from mezo_lightning.fingerprints import fingerprint_of, named_weights
-from mezo_lightning.parameters import ParameterInfo, ParameterSpace, whole_shape
+from mezo_lightning.parameters import ParameterInfo, ParameterSpace
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Sampler
+from mezo_lightning.shards import whole_shape
 from mezo_lightning.steps import DecayTowards, Step
 from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 
 MAGIC = b"MEZOTRAJ"
 MOST_TERMS = (1 << 16) - 1
 """Of a step: as many as a record can count."""
-VERSION = 1
+VERSION = 2
 _PREFIX = struct.Struct("<8sHI")
 _HEAD = struct.Struct("<IHH")
 _CRC = struct.Struct("<I")

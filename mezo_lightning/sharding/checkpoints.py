@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mezo_lightning.optimizer import MeZO
-from mezo_lightning.parameters import Shard
 from mezo_lightning.processes.ranks import Ranks
 from mezo_lightning.sharding.shard_files import ShardFiles, read_shards, save_beside, weights_folder
+from mezo_lightning.shards import Shard
 
 _PREFIX = "model."  # of the Hugging Face model within the LightningModule
 _path: ContextVar[str | None] = ContextVar("path of the checkpoint that is being loaded", default=None)

@@ -23,9 +23,9 @@ from transformers.core_model_loading import build_glob_alternation
 from mezo_lightning.models.adapters import adapter_config
 from mezo_lightning.models.kinds import auto_class_of
 from mezo_lightning.models.pretrained import Pretrained, check_dtype
-from mezo_lightning.parameters import Shard
 from mezo_lightning.sharding.pretrained_files import PretrainedFiles, base_folder
 from mezo_lightning.sharding.weight_files import WeightFiles
+from mezo_lightning.shards import Shard
 
 if TYPE_CHECKING:
     from mezo_lightning.models.pretrained import CausalLM

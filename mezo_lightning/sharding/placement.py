@@ -18,9 +18,10 @@ from mezo_lightning.evaluators import Copy, Evaluator
 from mezo_lightning.fingerprints import fingerprint_of, named_weights
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.leaf_scratch import LeafScratch
-from mezo_lightning.parameters import ParameterSpace, whole_shape
+from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.processes.ranks import Alone, Ranks
 from mezo_lightning.rowwise.evaluator import Rowwise
+from mezo_lightning.shards import whole_shape
 from mezo_lightning.trajectory import Header
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mezo_lightning.interrupts import uninterrupted
-from mezo_lightning.parameters import Shard, whole_shape
 from mezo_lightning.processes.ranks import Ranks
 from mezo_lightning.sharding.weight_files import WeightFiles
+from mezo_lightning.shards import Shard, whole_shape
 
 _FOLDERS = "weights"
 _BESIDE = "beside/"  # before the names of what rounding or an update keeps; parameters have no slash in theirs

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from mezo_lightning.evaluators import Copy, Evaluator
 from mezo_lightning.fingerprints import fingerprint_of, named_weights
 from mezo_lightning.leaf_scratch import LeafScratch
-from mezo_lightning.parameters import ParameterSpace, Shard
+from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.processes.ranks import Group, Lockstep, Ranks
 from mezo_lightning.sharding.placement import Placement
+from mezo_lightning.shards import Shard
 from mezo_lightning.steps import Point
 
 if TYPE_CHECKING:

@@ -141,7 +141,7 @@ def fit(
     from helpers import EPSILON, data_of, reward_of, trainer_of
 
     from mezo_lightning import CentralDifference, CrossEntropy, MeZO, MeZOModule, Pretrained
-    from mezo_lightning.parameters import Shard
+    from mezo_lightning.shards import Shard
 
     usual = {
         "optimizer": functools.partial(MeZO, lr=1e-3, weight_decay=0.1, rounding=rounding),

@@ -28,11 +28,12 @@ from mezo_lightning import Pretrained, Trajectory, replay
 from mezo_lightning.commands import rebuild
 from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
 from mezo_lightning.models.pretrained import export
-from mezo_lightning.parameters import ParameterSpace, Shard
+from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.samplers import Gaussian, Rademacher
 from mezo_lightning.sharding import streaming
 from mezo_lightning.sharding.placement import Whole
 from mezo_lightning.sharding.shard_files import write_shards
+from mezo_lightning.shards import Shard
 from mezo_lightning.steps import Step, round_coefficient, round_fp32
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -424,7 +425,7 @@ import resource, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from mezo_lightning.parameters import Shard
+from mezo_lightning.shards import Shard
 from mezo_lightning.processes.ranks import Group
 from mezo_lightning.sharding.shard_files import ShardFiles, save_beside, weights_folder
 

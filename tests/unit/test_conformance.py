@@ -44,9 +44,10 @@ from mezo_lightning import parameters, samplers
 from mezo_lightning.dense import DenseAdam, DenseMomentum
 from mezo_lightning.estimators import Estimator
 from mezo_lightning.evaluators import Copy, Evaluator, Samples
-from mezo_lightning.parameters import ParameterInfo, ParameterSpace, Shard
+from mezo_lightning.parameters import ParameterInfo, ParameterSpace
 from mezo_lightning.rowwise.points import RowPoint, row_seed
 from mezo_lightning.samplers import Sampler, derive_seed
+from mezo_lightning.shards import Shard
 from mezo_lightning.steps import GradientEstimate, Point, Step, round_coefficient, round_fp32
 from mezo_lightning.structured import LowRank, sampler_as_dict, sampler_from_dict
 from mezo_lightning.trajectory import Header, Trajectory, replay

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_lightning.fingerprints import fingerprint_of, named_weights
-from mezo_lightning.parameters import Shard
+from mezo_lightning.shards import Shard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int8, torch.int64]
 SIZE = 100

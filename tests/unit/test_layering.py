@@ -14,6 +14,7 @@ TORCH_ONLY = [
     "steps",
     "rounding",
     "parameters",
+    "shards",
     "fingerprints",
     "evaluators",
     "leaf_scratch",

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mezo_lightning.parameters import Shard
 from mezo_lightning.processes.ranks import Alone
 from mezo_lightning.sharding import shard_files
 from mezo_lightning.sharding.shard_files import (
@@ -24,6 +23,7 @@ from mezo_lightning.sharding.shard_files import (
     weights_folder,
     write_shards,
 )
+from mezo_lightning.shards import Shard
 
 SHAPES = {"matrix": (7, 13), "vector": (5,), "scalar": (), "cube": (3, 4, 5), "empty": (0, 4), "one": (1, 1)}
 BESIDE = {"none": None, "byte": torch.int8, "fp32": torch.float32, "moments": torch.float32}

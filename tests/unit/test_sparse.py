@@ -14,10 +14,11 @@ from mezo_lightning.evaluators import Copy
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
-from mezo_lightning.parameters import ParameterSpace, Shard, Slice
+from mezo_lightning.parameters import ParameterSpace, Slice
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian, Sampler, derive_seed
 from mezo_lightning.scaled import Scaled
+from mezo_lightning.shards import Shard
 from mezo_lightning.sparse import Sparse
 from mezo_lightning.steps import GradientEstimate, Point, Step
 from mezo_lightning.structured import LowRank, Subset

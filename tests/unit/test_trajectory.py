@@ -377,9 +377,9 @@ def test_a_cut_header_is_refused(tmp_path: Path):
         cut.write_bytes(header[:end])
         with pytest.raises(ValueError, match=r"is not a trajectory|header of .* is damaged"):
             Trajectory.open(cut)
-    newer = struct.pack("<8sHI", b"MEZOTRAJ", 2, 0)
+    newer = struct.pack("<8sHI", b"MEZOTRAJ", 3, 0)
     cut.write_bytes(newer)
-    with pytest.raises(ValueError, match="has format version 2; this program reads version 1"):
+    with pytest.raises(ValueError, match="has format version 3; this program reads version 2"):
         Trajectory.open(cut)
 
 
