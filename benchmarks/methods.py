@@ -30,7 +30,7 @@ from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from methods_results import SEEDS, SIZES, TUNING_SEED, Comparison, Results, Run, Scored, heading, plot, table, write
+from methods_results import SEEDS, SIZES, TUNING_SEED, Results, Run, Scored, TableRow, heading, plot, table, write
 
 from mezo_lightning import Trajectory
 from mezo_lightning.cli import main as mezo
@@ -50,22 +50,30 @@ class Method:
     probes: int
     """Forward passes of one step."""
     settings: dict[str, Any] = field(default_factory=dict)
-    sampler: dict[str, Any] | None = None
+    optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Parts of the optimizer that are not the usual ones."""
 
 
+RADEMACHER = {"sampler": {"class_path": "Rademacher"}}
+HALF = {"sampler": {"class_path": "Subset", "init_args": {"fraction": 0.5}}}
 METHODS = {
-    "MeZO": Method("CentralDifference", 2),
+    "MeZO": Method("CentralDifference", 2, {"num_queries": 1}),
     "n-SPSA, 4 queries": Method("CentralDifference", 8, {"num_queries": 4}),
-    "n-SPSA, 4 queries, Rademacher": Method("CentralDifference", 8, {"num_queries": 4}, {"class_path": "Rademacher"}),
+    "n-SPSA, 4 queries, Rademacher": Method("CentralDifference", 8, {"num_queries": 4}, RADEMACHER),
     "forward difference, 7 queries": Method("ForwardDifference", 8, {"num_queries": 7}),
     "MeZO-GV, M = 6": Method("GuidingVector", 8, {"pool_size": 6}),
     "MeZO-Greedy, M = 6": Method("GreedyDirection", 8, {"pool_size": 6}),
-    "FZOO, 7 queries": Method("FZOO", 8, {"num_queries": 7}, {"class_path": "Rademacher"}),
+    "FZOO, 7 queries": Method("FZOO", 8, {"num_queries": 7}, RADEMACHER),
     "ES, 8 members": Method("Population", 8, {"population_size": 8}),
     "ES, 8 members, centred ranks, antithetic": Method(
         "Population", 8, {"population_size": 8, "antithetic": True, "fitness": "centered_rank"}
     ),
     "votes of 4 pairs": Method("Comparison", 8, {"num_queries": 4}),
+    "GRZO": Method("GRZO", 2, {}, {"sampler": {"class_path": "Flipout"}}),
+    "ConMeZO": Method("Cone", 2, {}, {"update": {"class_path": "Trail"}}),
+    "LeZO, half of the layers": Method("CentralDifference", 2, {"num_queries": 1}, HALF),
+    "MeZO, momentum": Method("CentralDifference", 2, {"num_queries": 1}, {"update": {"class_path": "Momentum"}}),
+    "MeZO, scalar Adam": Method("CentralDifference", 2, {"num_queries": 1}, {"update": {"class_path": "ScalarAdam"}}),
 }
 # One method of each kind: few or several queries, a chosen direction, normalised one-sided probes.
 SHORTLIST = ("MeZO", "n-SPSA, 4 queries", "MeZO-GV, M = 6", "FZOO, 7 queries")
@@ -206,6 +214,8 @@ class Bench:
         with redirect_stdout(sys.stderr):
             mezo([*words, *(f"--{option}={value}" for option, value in options.items())])
         records = RunRecords(self.folder)
+        asked = {len(record.objective) for record in records.steps() if record.objective}  # none where pairs are judged
+        assert asked <= {METHODS[method].probes}, f"{method} made steps of {asked} probes"
         curve = [(record.step, record.metrics) for record in records.validations()]
         ties = [record.tie_fraction for record in records.steps() if not math.isnan(record.tie_fraction)]
         run = Run(
@@ -238,9 +248,8 @@ class Bench:
             "checkpoint.save_top_k": 0,
             "checkpoint.save_last": "false",
         }
-        if method.sampler is not None:
-            options["model.optimizer.init_args.sampler"] = json.dumps(method.sampler)
-        return options
+        parts = {f"model.optimizer.init_args.{name}": json.dumps(part) for name, part in method.optimizer.items()}
+        return options | parts
 
 
 def _schedule(task: Task, steps: int, size: float | None, start: dict[str, float] | None) -> dict[str, Any]:
@@ -272,7 +281,7 @@ def compare(bench: Bench, task: str, method: str, stop_at: float) -> None:
     if bench.calibrated(task, method).change is None:
         return
     while time.monotonic() < stop_at:
-        row = Comparison.of(task, method, TASKS[task].scored, bench.results)
+        row = TableRow.of(task, method, TASKS[task].scored, bench.results)
         seeds = [seed for seed in SEEDS if seed not in row.fresh]
         if row.untried is not None:
             run = bench.run(task, method, row.untried, TUNING_SEED)
@@ -289,14 +298,15 @@ def present(results: Results, file: Path) -> None:
     probes = {name: method.probes for name, method in METHODS.items()}
     sections, panels = [heading(results, "benchmarks/methods.py")], {}
     for name, task in TASKS.items():
-        rows = [Comparison.of(name, method, task.scored, results) for method in METHODS]
-        if rows := [row for row in rows if row.tried]:
+        rows = [TableRow.of(name, method, task.scored, results) for method in METHODS]
+        if rows := [row for row in rows if row.tried or row.silent]:
             sections.append(table(f"{task.title}\n{task.numbers}", probes, rows, task.scored))
         if any(row.fresh for row in rows):
             panels[name] = (task.scored, rows, probes)
     image = file.with_suffix(".png")
     plot(panels, image)
-    write(file, "\n".join([*sections, f"![The held-out metric by forward passes, median and range]({image.name})\n"]))
+    caption = "The held-out metric by forward passes: the median, and the range where few methods share a panel"
+    write(file, "\n".join([*sections, f"![{caption}]({image.name})\n"]))
 
 
 def budget(tasks: Sequence[str], methods: Sequence[str]) -> str:

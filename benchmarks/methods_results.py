@@ -16,6 +16,8 @@ SIZES = (0.5, 1.0, 2.0)
 SMALLEST, LARGEST = 0.125, 8.0
 """As long as the best size is at an end of what was tried, the one beyond it is tried too, up to these."""
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
+MOST_BANDS = 5
+"""Ranges of more methods than these would hide one another in a plot."""
 REMARKS = "## What it says"
 """From this line on, a file of results is written by hand."""
 
@@ -87,7 +89,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TableRow:
     """One method on one task, as far as its runs were made."""
 
     method: str
@@ -99,21 +101,25 @@ class Comparison:
     """The size to try next."""
     fresh: dict[int, Run]
     """Runs at the best size, by seed."""
+    silent: bool = False
+    """Whether all probes of the calibration tied, so that no learning rate gives a size."""
 
     @staticmethod
-    def of(task: str, method: str, scored: Scored, results: Results) -> Comparison:
+    def of(task: str, method: str, scored: Scored, results: Results) -> TableRow:
         """What the runs so far say, and what is to be run next."""
         made = [run for run in results.runs if (run.task, run.method, run.seed) == (task, method, TUNING_SEED)]
         tried = {run.size: run for run in sorted(made, key=lambda run: run.size or 0) if run.size is not None}
         untried = next((size for size in SIZES if size not in tried), None)
         if untried is not None:
-            return Comparison(method, tried, None, untried, {})
+            calibration = results.find(task, method, None, TUNING_SEED)
+            silent = calibration is not None and calibration.change is None
+            return TableRow(method, tried, None, untried, {}, silent)
         best = max(tried, key=lambda size: scored.fitness(tried[size]))
         beyond = {min(tried): best / 2, max(tried): best * 2}.get(best)
         if beyond is not None and SMALLEST <= beyond <= LARGEST:
-            return Comparison(method, tried, None, beyond, {})
+            return TableRow(method, tried, None, beyond, {})
         found = {seed: results.find(task, method, best, seed) for seed in SEEDS}
-        return Comparison(method, tried, best, None, {seed: run for seed, run in found.items() if run is not None})
+        return TableRow(method, tried, best, None, {seed: run for seed, run in found.items() if run is not None})
 
     def values(self, metric: str, choose: Callable[[Sequence[float]], float]) -> list[float]:
         """One value of each fresh seed, such as the last or the largest of its curve."""
@@ -130,7 +136,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
 
 
-def table(title: str, probes: dict[str, int], rows: Sequence[Comparison], scored: Scored) -> str:
+def table(title: str, probes: dict[str, int], rows: Sequence[TableRow], scored: Scored) -> str:
     """One task's section.
 
     Args:
@@ -143,17 +149,24 @@ def table(title: str, probes: dict[str, int], rows: Sequence[Comparison], scored
     loss = scored.tuned_by == "loss"
     lines = [
         f"{title}\n",
-        f"| method | probes a step | steps | size | lr | ties | last {scored.shown} (from {start:.3f}) | best |"
+        "| method | probes a step | steps | size | lr | ties | skipped "
+        + f"| last {scored.shown} (from {start:.3f}) | best |"
         + (" last loss |" if loss else "")
         + f" sizes tried, last {scored.tuned_by} |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|" + ("--:|" if loss else "") + "---|",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|" + ("--:|" if loss else "") + "---|",
     ]
     for row in rows:
+        if row.silent:
+            lines.append(f"| {row.method} | {probes[row.method]} | no step: all probes of the calibration tied |")
+            continue
         grid = ", ".join(f"{size:g}: {run.curve[-1][1][scored.tuned_by]:.3f}" for size, run in row.tried.items())
         some = list(row.fresh.values()) or list(row.tried.values())
         cells = [row.method, str(probes[row.method]), str(some[0].steps)]
         cells += [f"{row.best:g}" if row.best else "-", f"{some[0].lr:.2g}" if row.best else "-"]
-        cells += [f"{median(run.ties for run in some):.0%}"]
+        cells += [
+            f"{median(run.ties for run in some):.0%}",
+            f"{sum(r.skipped for r in some) / sum(r.steps for r in some):.0%}",
+        ]
         cells += [spread(row.values(scored.shown, last)), spread(row.values(scored.shown, max))]
         cells += [spread(row.values("loss", last))] if loss else []
         unfinished = "" if len(row.fresh) == len(SEEDS) else f" ({len(row.fresh)} of {len(SEEDS)} seeds so far)"
@@ -176,7 +189,8 @@ def heading(results: Results, command: str) -> str:
         f"seed {TUNING_SEED} ({', '.join(f'{size:g}' for size in SIZES)}, and where the best is at an end, the "
         f"next, from {SMALLEST:g} to {LARGEST:g}), the best runs on seeds "
         f"{', '.join(map(str, SEEDS))}:\nthe median (lowest to highest) of the last weights, and of the best that each "
-        "run saw. `ties`: samples with the same value at both probes of a\npair. All runs are in methods.jsonl.\n"
+        "run saw. `ties`: samples with the same value at both probes of a\npair; `skipped`: "
+        "steps without an estimate. All runs are in methods.jsonl.\n"
     )
 
 
@@ -186,7 +200,7 @@ def write(file: Path, text: str) -> None:
     file.write_text(text + (f"\n{REMARKS}{remarks}" if remarks else ""), encoding="utf-8")
 
 
-def plot(panels: dict[str, tuple[Scored, Sequence[Comparison], dict[str, int]]], file: Path) -> None:
+def plot(panels: dict[str, tuple[Scored, Sequence[TableRow], dict[str, int]]], file: Path) -> None:
     """The median of the held-out metric by forward passes, one panel a task, the range over the seeds as a band.
 
     Args:
@@ -202,14 +216,15 @@ def plot(panels: dict[str, tuple[Scored, Sequence[Comparison], dict[str, int]]],
         1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False
     )
     for (title, (scored, rows, probes)), ax in zip(panels.items(), axes[0], strict=True):
-        for row in rows:
-            if not row.fresh:
-                continue
+        drawn = [row for row in rows if row.fresh]
+        for number, row in enumerate(drawn):
             by_step = list(zip(*(run.curve for run in row.fresh.values()), strict=True))
             x = [points[0][0] * probes[row.method] for points in by_step]
             y = [[metrics[scored.shown] for _, metrics in points] for points in by_step]
-            [line] = ax.plot(x, [median(some) for some in y], label=row.method, marker=".")
-            ax.fill_between(x, list(map(min, y)), list(map(max, y)), alpha=0.1, color=line.get_color())
+            style = ("-", "--", ":")[number // 10]  # there are ten colours
+            [line] = ax.plot(x, [median(some) for some in y], style, label=row.method, marker=".")
+            if len(drawn) <= MOST_BANDS:
+                ax.fill_between(x, list(map(min, y)), list(map(max, y)), alpha=0.1, color=line.get_color())
         ax.set(title=title, xlabel="forward passes of a batch", ylabel=f"held-out {scored.shown}")
         ax.legend(fontsize=7)
     figure.savefig(file, dpi=120)

@@ -15,7 +15,7 @@ from _heading import print_heading
 from mezo_lightning.reporting.records import RunRecords
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SPACES = ("prefix", "prompt", "4bit", "8bit", "qzo")
+SPACES = ("lora", "prefix", "prompt", "4bit", "8bit", "qzo")
 
 
 def main() -> None:

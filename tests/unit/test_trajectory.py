@@ -184,7 +184,7 @@ def test_other_weights_of_the_same_shape_are_refused_and_left_alone(tmp_path: Pa
     assert torch.equal(flat(other), before)
 
 
-def test_other_frozen_weights_are_refused_unless_the_log_is_too_old_to_know_them(tmp_path: Path):
+def test_other_frozen_weights_are_refused_unless_the_log_does_not_know_them(tmp_path: Path):
     _, weights = run(tmp_path / "t")
     other = base()
     other.get_parameter("1.bias").data.view(torch.int32)[-1] ^= 1
