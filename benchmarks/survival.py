@@ -1,6 +1,6 @@
 """Kill a run of two processes with signal 9 again and again, resume it each time, and compare its end with another's.
 
-    python benchmarks/survival.py [--kills 20] [--strategy zero3_inference] [--seed 0]
+    python benchmarks/survival.py [--kills 20] [--strategy ZeRO3Strategy|ReplicatedStrategy] [--seed 0]
 
 One run is left alone. Others of the same configuration are killed at random moments, now the main process, now the
 other rank, and resumed from their last checkpoint until they come to their end; then the next one starts, until enough

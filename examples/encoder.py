@@ -4,7 +4,7 @@
     mezo fit --config configs/encoder.yaml
 
 The first command pre-trains a small RoBERTa by backpropagation, on questions about made-up stories, with a fifth of the
-words masked. The second one tunes it, with forward passes only. Together they take about 80 seconds of one core.
+words masked. The second one tunes it, with forward passes only.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 To look a fact up in a story is induction: find where `Ella came from` stood before, and go on as it went on there.
 Small models with learned positions take very long to discover it from text; started from plain random weights, ours had
-not after 2,800 steps (it copied 30 % of repeated random words). Wired like this it copies 96 % before the first step,
-and pre-training can get on with everything else. The circuit (Olsson et al., 2022, arXiv 2209.11895) is this:
+not within the steps that the build takes. Wired like this it copies before the first step, and pre-training can get on
+with everything else. The circuit (Olsson et al., 2022, arXiv 2209.11895) is this:
 
 * position p is written as sines and cosines in dimensions of its own; two heads of layer 0 turn the query by one
   position, so that each token attends to the one before it, and write what that was into other dimensions of their own;

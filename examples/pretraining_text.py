@@ -1,13 +1,13 @@
 """The text that the embedded model is pre-trained on: stories with questions in many forms, and repeated word lists.
 
-Three ingredients, each there for a measured reason (`mezo_lightning/assets/README.md`):
+Three ingredients, each there for a reason (`mezo_lightning/assets/README.md`):
 
 * questions in forms whose labels are mostly made up on the spot, so that the model reads any `Label: text` layout;
   the quickstart's own labels (Story, Question, Answer) never occur;
 * two answer styles, a full sentence or (rarer) the bare span, the same within a document: the reward has to move the
   model from one to the other, so both have to be there;
 * random word sequences written several times over, which teach a small model to find and copy; from stories alone it
-  does not learn to look a fact up within minutes.
+  does not learn to look a fact up in so few steps.
 """
 
 from __future__ import annotations
