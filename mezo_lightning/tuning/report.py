@@ -10,10 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from mezo_lightning.tuning.measuring import MANY_TIES, BatchNoise, Curvature, Tuning
+from mezo_lightning.tuning.units import Units
 
+_PLAIN = Units()
 _BLUE, _ORANGE, _GREY = "#2563eb", "#d97706", "#6b7280"
 
 
@@ -28,29 +31,31 @@ class Advice:
     reason: str
 
 
-def advise(tuning: Tuning) -> tuple[Advice, ...]:
+def advise(tuning: Tuning, units: Units = _PLAIN) -> tuple[Advice, ...]:
     """What to set, and why.
 
     Args:
         tuning: The measurements.
+        units: Of the run; where its learning rate is not in those of plain MeZO, the size of a step is advised instead.
     """
-    return _epsilon(tuning), _learning_rate(tuning), _what_to_raise(tuning)
+    return _epsilon(tuning), _learning_rate(tuning, units), _what_to_raise(tuning)
 
 
-def table(tuning: Tuning) -> Table:
+def table(tuning: Tuning, units: Units = _PLAIN) -> Table:
     """The measurements and the advice, for a terminal.
 
     Args:
         tuning: The measurements.
+        units: Of the run.
     """
     made = Table(title="What forward passes say", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     made.add_column("measured", no_wrap=True)
     made.add_column("value", justify="right", no_wrap=True)
     made.add_column("meaning", overflow="fold")
-    for row in _rows(tuning):
+    for row in (_directions(units), *_rows(tuning)):
         made.add_row(*row)
     made.add_section()
-    for advice in advise(tuning):
+    for advice in advise(tuning, units):
         made.add_row(advice.option, advice.value, advice.reason, style="bold")
     return made
 
@@ -71,6 +76,18 @@ def picture(tuning: Tuning) -> Figure:
         axes.grid(color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
     return figure
+
+
+def _directions(units: Units) -> tuple[str, str, str]:
+    if units.measured_along == units.sampler:
+        return "directions", units.measured_along, "the run's sampler"
+    meaning = f"measured along those; the run's sampler is {escape(units.sampler)}"
+    if not units.moves_all_alike:
+        meaning += (
+            ", which does not move all weights, or not all as far: epsilon and lr are those of directions over all "
+            "tuned weights"
+        )
+    return "directions", units.measured_along, meaning
 
 
 def _rows(tuning: Tuning) -> list[tuple[str, str, str]]:
@@ -97,7 +114,11 @@ def _rows(tuning: Tuning) -> list[tuple[str, str, str]]:
             "how many dimensions the curvature has; steps to converge grow with it, not with the number of weights"
             + where,
         ),
-        ("largest stable lr", _number(curvature.largest_stable_lr), "2 / tr(H), one direction per step"),
+        (
+            "largest stable lr",
+            _number(curvature.largest_stable_lr),
+            "2 / tr(H), for plain MeZO with one direction per step",
+        ),
         ("signal to noise", _number(batches.ratio), "squared gradient that batches share, over what they do not"),
         ("forward passes", f"{tuning.probes:,}", "that all of this took"),
     ]
@@ -118,7 +139,7 @@ def _epsilon(tuning: Tuning) -> Advice:
     return Advice("epsilon", _number(best.epsilon), reason)
 
 
-def _learning_rate(tuning: Tuning) -> Advice:
+def _learning_rate(tuning: Tuning, units: Units) -> Advice:
     curvature, ratio = tuning.curvature, tuning.batches.ratio
     clear = not math.isnan(curvature.largest_stable_lr)
     trace = curvature.trace if clear else curvature.trace + 2 * curvature.trace_error
@@ -126,20 +147,26 @@ def _learning_rate(tuning: Tuning) -> Advice:
         why = "no curvature" if ratio else "no gradient that the batches share"
         return Advice("lr", "n/a", f"{why} can be seen: raise what the next line says, or try a grid")
     lr = 1 / (trace * (1 + 1 / ratio))
-    change = f"It moves each weight by about {_number(lr * tuning.best.slope)} a step"
-    if not clear:
-        return Advice(
-            "lr",
-            _number(lr),
+    step = _number(lr * tuning.best.slope)
+    if clear:
+        best = "1 / (tr(H) (1 + noise / signal)): the largest expected decrease per step of one direction"
+        more = "Curvature may grow in training: a third of it is safer"
+    else:
+        best = (
             f"cautious: the curvature is lost in noise at epsilon {_number(curvature.epsilon)}, but tr(H) is hardly "
-            f"above {_number(trace)}. {change}; try larger ones too",
+            f"above {_number(trace)}"
         )
-    return Advice(
-        "lr",
-        _number(lr),
-        "1 / (tr(H) (1 + noise / signal)): the largest expected decrease per step of one direction; q directions allow "
-        f"up to q times that. {change}. Curvature may grow in training: a third of it is safer",
-    )
+        more = "Try larger ones too"
+    if units.other_units:
+        parts = " and ".join(f"`{part}`" for part in units.other_units)
+        reason = (
+            f"root mean square change of a weight by plain MeZO's lr ({best}). With {parts} the same lr makes other "
+            "steps: choose one with which each estimate moves the weights about that far in all; q directions allow "
+            f"up to sqrt(q) times that. {more}"
+        )
+        return Advice("RMS step, not lr", step, reason)
+    reason = f"{best}; q directions allow up to q times that. It moves each weight by about {step} a step. {more}"
+    return Advice("lr", _number(lr), reason)
 
 
 def _what_to_raise(tuning: Tuning) -> Advice:

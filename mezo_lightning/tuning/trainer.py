@@ -1,7 +1,8 @@
 """``mezo tune``: measure, on a run's own model and batches, what its epsilon, learning rate and batch size should be.
 
 The command takes the configuration of ``mezo fit`` and writes ``tuning.json`` and ``tuning.png`` into the run folder.
-Nothing is tuned; the weights are those of the base model.
+Nothing is tuned; the weights are those of the base model. Everything is measured along directions with independent
+coordinates, whatever the run's sampler is: see ``units.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mezo_lightning.sharding.streaming import progress_bar
 from mezo_lightning.startup import fp32_by_default
 from mezo_lightning.tuning.measuring import Tuning, count_probes, measure
 from mezo_lightning.tuning.report import advise, picture, table
+from mezo_lightning.tuning.units import Units, independent, units_of
 
 
 class TuningTrainer(Trainer):
@@ -53,10 +55,10 @@ class TuningTrainer(Trainer):
         batches = _first_batches(datamodule, num_batches)
         total = count_probes(num_batches, num_directions)
         with progress_bar(f"{total} passes over {len(batches[0])} rows", total) as advance:
-            evaluates = _evaluates(self, model, batches, partial(advance, 1))
+            evaluates, units = _evaluates(self, model, batches, partial(advance, 1))
             tuning = measure(evaluates, seed=model.seed, num_directions=num_directions)
-        write(table(tuning))
-        _save(tuning, Path(self.default_root_dir))
+        write(table(tuning, units))
+        _save(tuning, units, Path(self.default_root_dir))
         return tuning
 
 
@@ -74,8 +76,8 @@ def _first_batches(data: PromptDataModule, number: int) -> list[Batch]:
 
 def _evaluates(
     trainer: Trainer, module: MeZOModule, batches: list[Batch], advance: Callable[[], object]
-) -> list[Evaluate]:
-    """The run's objective on each batch, at points around the weights of the base model."""
+) -> tuple[list[Evaluate], Units]:
+    """The run's objective on each batch, at points around the weights of the base model; and what they are in."""
     module.trainer = trainer
     module.configure_model()
     module.to(trainer.strategy.root_device)
@@ -85,6 +87,8 @@ def _evaluates(
     made = module.configure_optimizers()
     optimizer = made["optimizer"] if isinstance(made, dict) else made  # pyright: ignore[reportGeneralTypeIssues]
     assert isinstance(optimizer, MeZO)
+    units = units_of(optimizer, module.estimator, module.transform)
+    optimizer.space.sampler = independent(optimizer.space.sampler)  # it makes no step: nothing else sees this
     evaluator = module.make_evaluator(optimizer.space)
 
     def samples(batch: Batch) -> Samples:
@@ -94,13 +98,14 @@ def _evaluates(
 
     for batch in batches:
         bound.check(batch)
-    return [evaluator(partial(samples, batch)) for batch in batches]
+    return [evaluator(partial(samples, batch)) for batch in batches], units
 
 
-def _save(tuning: Tuning, folder: Path) -> None:
+def _save(tuning: Tuning, units: Units, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    advice = [dataclasses.asdict(one) for one in advise(tuning)]
-    text = json.dumps(_finite({"advice": advice, **dataclasses.asdict(tuning)}), indent=1, allow_nan=False)
+    advice = [dataclasses.asdict(one) for one in advise(tuning, units)]
+    kept = {"advice": advice, "units": dataclasses.asdict(units), **dataclasses.asdict(tuning)}
+    text = json.dumps(_finite(kept), indent=1, allow_nan=False)
     (folder / "tuning.json").write_text(text + "\n", encoding="utf-8")
     picture(tuning).savefig(folder / "tuning.png", dpi=120)
 

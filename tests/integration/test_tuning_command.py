@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from helpers import assert_same, data_of, model_of, module_of, weights, write_co
 
 from mezo_lightning.cli import MeZOCLI
 from mezo_lightning.data import PromptDataModule
+from mezo_lightning.estimators import FZOO
 from mezo_lightning.models.pretrained import Pretrained
 from mezo_lightning.module import MeZOModule
+from mezo_lightning.optimizer import MeZO
+from mezo_lightning.structured import LowRank
 from mezo_lightning.tuning.measuring import count_probes
 from mezo_lightning.tuning.trainer import TuningTrainer
 
@@ -27,6 +31,26 @@ def trainer(folder: Path) -> TuningTrainer:
 def test_too_few_rows_are_refused(num_batches: int, message: str, opt: Path, rows: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path).tune(module_of(opt), data_of(rows), num_batches=num_batches)
+
+
+@pytest.mark.slow
+def test_directions_of_the_measurements_are_independent_of_the_run_and_its_lr_has_its_own_units(
+    opt: Path, rows: Path, tmp_path: Path
+):
+    def tune(name: str, **parts: Any) -> dict[str, Any]:
+        trainer(tmp_path / name).tune(module_of(opt, **parts), data_of(rows), num_batches=2, num_directions=8)
+        return json.loads((tmp_path / name / "tuning.json").read_text())
+
+    plain = tune("plain")
+    structured = tune("structured", optimizer=partial(MeZO, sampler=LowRank(rank=1)), estimator=FZOO())
+    assert structured["curvature"] == plain["curvature"]
+    assert structured["units"] == {
+        "measured_along": "Gaussian()",
+        "sampler": repr(LowRank(rank=1)),
+        "moves_all_alike": True,
+        "other_units": ["estimator: FZOO"],
+    }
+    assert [kept["advice"][1]["option"] for kept in (plain, structured)] == ["lr", "RMS step, not lr"]
 
 
 @pytest.mark.slow
