@@ -25,8 +25,9 @@ from mezo_lightning.updates import Memory, Update, check_fraction, check_zeta
 class Dense(Update):
     """A rule that keeps fp32 moments beside every weight that this process holds, and in checkpoints.
 
-    It goes with any sampler, for no direction is made a second time. A trajectory that begins in the middle of a run
-    begins with moments of zero.
+    It goes with any sampler, for no direction is made a second time. Where a direction is 0, as with ``Sparse`` and
+    ``Subset``, the gradient is 0, but the moments of earlier steps still move the weight: as in torch, where a masked
+    gradient does not stop momentum. A trajectory that begins in the middle of a run begins with moments of zero.
     """
 
     @property
@@ -99,7 +100,8 @@ class DenseMomentum(Dense):
     ``m_t = beta m_{t-1} + estimate_t``, and the step is ``-lr * m_t``: ``torch.optim.SGD(momentum=beta)``, its
     dampening 0. An estimate has in all ``1 / (1 - beta)`` times the effect that it has without momentum: divide the
     learning rate by as much. ``Momentum`` gives nearly the same without the memory, but makes all directions of its
-    window at every update, and not with every sampler.
+    window at every update, and not with every sampler. With ``Sparse`` and ``Subset`` the moment also moves weights
+    that the directions of a step leave out.
 
     The moment is in fp32, 4 bytes a weight: twice what bf16 weights take. Under ZeRO-3 each process has that of its
     piece, in memory and in its file of a checkpoint.
@@ -132,7 +134,8 @@ class DenseAdam(Dense):
     the form that the end of the paper's section 2 gives: ``torch.optim.Adam``, but for zeta, which torch divides by
     ``sqrt(1 - beta2^t)``. The learning rate is about the change of a coordinate in a step. An estimate of few
     directions tells next to nothing of single coordinates: expect of v the mean over many steps, and compare with
-    ``ScalarAdam``, which has one v for all weights and needs no memory.
+    ``ScalarAdam``, which has one v for all weights and needs no memory. With ``Sparse`` and ``Subset`` the moments also
+    move weights that the directions of a step leave out.
 
     Both moments are in fp32, 8 bytes a weight: four times what bf16 weights take. Under ZeRO-3 each process has those
     of its piece, in memory and in its file of a checkpoint.

@@ -118,10 +118,8 @@ class Evaluation:
         valid = shared.any(-1)
         values = values.masked_fill(~shared, 0.0).sum(-1)
         count, total = int(valid.sum()), valid.numel()
-        reason = None
-        if count == 0 or count < min_valid_fraction * total:
-            reason = f"{count} of {total} samples have a value at every point, fewer than {min_valid_fraction:.0%}"
-        elif not bool(values.isfinite().all()):
+        reason = _too_few(count, total, min_valid_fraction, "samples have a value at every point")
+        if reason is None and not bool(values.isfinite().all()):
             worst = points[int((~values.isfinite()).any(-1).nonzero()[0])]
             reason = f"the objective is not finite at point {worst.label}"
         return Evaluation(tuple(points), tuple(samples), values, valid, reason, compare, min_valid_fraction)
@@ -142,15 +140,12 @@ class Evaluation:
         assert found.values.shape == (len(pairs), self.valid.numel()), found.values.shape
         known = ~found.values.isnan()
         count, total = int(known.sum()), known.numel()
-        reason = None
-        if count == 0 or count < self.min_valid_fraction * total:
-            reason = f"{count} of {total} comparisons have an answer, fewer than {self.min_valid_fraction:.0%}"
         return replace(
             self,
             samples=_with_metrics(self.samples, pairs, found),
             values=torch.full_like(self.values, math.nan),
             valid=known.any(0),
-            skip_reason=reason,
+            skip_reason=_too_few(count, total, self.min_valid_fraction, "comparisons have an answer"),
             preferences=found.values,
         )
 
@@ -181,6 +176,13 @@ class Evaluation:
         texts = [part.completions for part in self.samples]
         same = [a == b for i, j in pairs for a, b in zip(texts[i] or (), texts[j] or (), strict=True)]
         return sum(same) / len(same) if same else math.nan
+
+
+def _too_few(count: int, total: int, min_fraction: float, what: str) -> str | None:
+    """Why no estimate may be made from so many; None where they are enough."""
+    if count and count / total >= min_fraction:  # 35 / 500 is 0.07, but 0.07 * 500 is more than 35
+        return None
+    return f"{count} of {total} {what}" + (f", fewer than {100 * min_fraction:g}%" if min_fraction else "")
 
 
 def _with_metrics(

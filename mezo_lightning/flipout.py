@@ -39,7 +39,13 @@ class Flipout(Sampler):
     """Decides the shared directions, together with the number of the step."""
 
     def __post_init__(self) -> None:
-        check_inner("Flipout", self.sampler)
+        # The other way round GRZO would refuse it.
+        check_inner(
+            "Flipout",
+            self.sampler,
+            "GRZO, which Flipout is for, cannot be combined with such directions: make it of another sampler, or take "
+            "another estimator",
+        )
 
     def bind(self, table: Sequence[ParameterInfo]) -> FlipoutDirections:
         return FlipoutDirections(self, table)

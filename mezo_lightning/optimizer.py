@@ -20,12 +20,12 @@ from mezo_lightning.dense import Dense
 from mezo_lightning.interrupts import uninterrupted
 from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.rounding import RoundingName
+from mezo_lightning.sampler_records import sampler_as_dict, sampler_from_dict
 from mezo_lightning.samplers import Gaussian, Sampler
 from mezo_lightning.shards import whole_shape
 from mezo_lightning.steps import DecayTowards, GradientEstimate, Step, round_coefficient, round_fp32
-from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 from mezo_lightning.trajectory import MOST_TERMS, Trajectory
-from mezo_lightning.updates import Memory, Update
+from mezo_lightning.updates import Memory, Trail, Update
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -197,8 +197,9 @@ class MeZO(torch.optim.Optimizer):
     def _check_update(self) -> None:
         sampler = self.space.sampler
         if self.update is not None and self.update.reach > 1 and not sampler.same_at_every_step:
+            applies = "is for the estimator Cone, which applies" if isinstance(self.update, Trail) else "applies"
             raise ValueError(
-                f"update={self.update} applies the directions of earlier steps again, but with sampler={sampler} a "
+                f"update={self.update} {applies} the directions of earlier steps again, but with sampler={sampler} a "
                 "seed gives other ones by then: use Gaussian, Rademacher or a LowRank with refresh_left and "
                 "refresh_right 0 or null, or an update without momentum"
             )

@@ -212,11 +212,18 @@ class Directions(ABC):
 
 
 class Sampler(ABC):
-    """A distribution of directions, unit variance in every coordinate that is tuned."""
+    """A distribution of directions, with mean 0 in every coordinate that is tuned.
+
+    The variance is 1, but for samplers that say otherwise: s^2 with ``Scaled``, and 0 where ``Sparse`` and ``Subset``
+    leave a coordinate out.
+    """
 
     @property
     def same_at_every_step(self) -> bool:
-        """Whether a seed gives the same direction at later steps, so that it may be applied again."""
+        """Whether a seed is sure to give the same direction at every step.
+
+        Rules such as ``Momentum``, which make the directions of earlier steps again from their seeds, need that.
+        """
         return False
 
     @property
@@ -239,12 +246,13 @@ class Sampler(ABC):
         """Set to work on a parameter table."""
 
 
-def check_inner(outer: str, sampler: Sampler) -> None:
+def check_inner(outer: str, sampler: Sampler, advice: str | None = None) -> None:
     """Refuse a sampler that another one cannot be made of.
 
     Args:
         outer: The name of the other one.
         sampler: What it is to be made of.
+        advice: What to do instead; None: make it of the other one.
 
     Raises:
         ValueError: If weights decide on where its directions are 0, which the other one would not know.
@@ -252,8 +260,8 @@ def check_inner(outer: str, sampler: Sampler) -> None:
     if sampler.looks_at_weights:
         inner = type(sampler).__name__
         raise ValueError(
-            f"{outer}(sampler={inner}) does not know the weights, which decide on where {inner} is 0: put it the other "
-            f"way round, {inner}(sampler={outer})"
+            f"{outer}(sampler={inner}) does not know the weights, which decide on where {inner} is 0: "
+            + (advice or f"put it the other way round, {inner}(sampler={outer})")
         )
 
 

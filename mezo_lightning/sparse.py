@@ -29,7 +29,9 @@ class Sparse(Sampler):
     ``z = m * z'`` for directions z' of another sampler, where ``m = (|theta| <= threshold)`` is made anew from the
     weights of each step, so that no mask is kept, and the threshold of a matrix is the magnitude that a fraction of its
     weights had when the run began. Parameters of fewer than two dimensions (biases, norms) are moved as a whole. A
-    weight that has grown past its threshold is moved no more; weight decay acts on all weights.
+    weight that has grown past its threshold is moved no more by directions. Weight decay acts on all weights, and so do
+    the moments of ``DenseMomentum`` and ``DenseAdam``: they go on moving a weight that was small at earlier steps, as
+    momentum does in torch when gradients are masked.
 
     z is not made longer for what it leaves out: a weight that moves is probed epsilon away and has the steps of lr that
     it would have without ``Sparse``. As the estimate is less noisy the fewer weights move, lr may be larger.

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from mezo_lightning.flipout import Flipout
 from mezo_lightning.layout import Layout
-from mezo_lightning.samplers import (
-    SIGNIFICANT_BITS,
-    Directions,
-    Gaussian,
-    Rademacher,
-    Sampler,
-    check_inner,
-    derive_seed,
-)
-from mezo_lightning.scaled import Scaled
-from mezo_lightning.sparse import Sparse
+from mezo_lightning.samplers import SIGNIFICANT_BITS, Directions, Gaussian, Sampler, check_inner, derive_seed
 
 if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo
@@ -142,12 +131,13 @@ class Subset(Sampler):
     With ``order: random`` a random share of the layers, as in LeZO (Wang et al., 2024, arXiv 2410.09823); with
     ``order: cyclic`` one block after another, as in MeZO-BCD (2025, arXiv 2501.19099). All directions of a step have
     the same blocks. Parameters that belong to no block are always active. The fewer coordinates are active, the larger
-    the learning rate may be.
+    the learning rate may be. With ``DenseMomentum`` and ``DenseAdam``, blocks that are not active are still moved by
+    their moments.
     """
 
     sampler: Sampler = Gaussian()  # noqa: RUF009  (frozen)
     """The directions within the active blocks."""
-    blocks: str = r"layers\.\d+|h\.\d+"
+    blocks: str = r"\b(?:layers?|blocks?|h)\.\d+"
     """A regular expression: what it finds in a parameter's name is the name of its block."""
     order: Literal["random", "cyclic"] = "random"
     """Which blocks are active: a random share of them, or one after another."""
@@ -217,43 +207,3 @@ def _significant(values: Tensor) -> Tensor:
     dropped = 53 - SIGNIFICANT_BITS
     bits = values.view(torch.int64).add_(1 << (dropped - 1)).bitwise_and_(-(1 << dropped))
     return bits.view(torch.float64)
-
-
-# -- on record ---------------------------------------------------------------------------------------------------------
-
-_SAMPLERS: dict[str, type[Sampler]] = {
-    kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset, Flipout, Scaled, Sparse)
-}
-
-
-def sampler_as_dict(sampler: Sampler) -> dict[str, Any]:
-    """A sampler's name and settings, for JSON."""
-    assert is_dataclass(sampler), sampler
-    settings = {field.name: getattr(sampler, field.name) for field in fields(sampler)}
-    return {"name": type(sampler).__name__, **{key: _as_plain(value) for key, value in settings.items()}}
-
-
-def sampler_from_dict(record: Mapping[str, Any]) -> Sampler:
-    """The inverse of ``sampler_as_dict``; names of strangers are not imported.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    settings = dict(record)
-    name = settings.pop("name")
-    if name not in _SAMPLERS:
-        raise ValueError(f"the trajectory's sampler {name!r} is unknown; known are {', '.join(_SAMPLERS)}")
-    return _SAMPLERS[name](**{key: _from_plain(value) for key, value in settings.items()})
-
-
-def _as_plain(value: Any) -> Any:
-    """A setting for JSON: a sampler as an object, a table as pairs, whose order no tool loses."""
-    if isinstance(value, Sampler):
-        return sampler_as_dict(value)
-    return [list(pair) for pair in value.items()] if isinstance(value, Mapping) else value
-
-
-def _from_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return sampler_from_dict(value)
-    return dict(value) if isinstance(value, list) else value

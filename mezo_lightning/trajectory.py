@@ -31,10 +31,10 @@ from mezo_lightning.dense import Dense, dense_as_dict, dense_from_dict
 from mezo_lightning.fingerprints import fingerprint_of, named_weights
 from mezo_lightning.parameters import ParameterInfo, ParameterSpace
 from mezo_lightning.rounding import RoundingName
+from mezo_lightning.sampler_records import sampler_as_dict, sampler_from_dict
 from mezo_lightning.samplers import Sampler
 from mezo_lightning.shards import whole_shape
 from mezo_lightning.steps import DecayTowards, Step
-from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 
 MAGIC = b"MEZOTRAJ"
 MOST_TERMS = (1 << 16) - 1

@@ -163,6 +163,8 @@ class ScalarAdam(Update):
 class Trail(Update):
     """Applies each estimate as it is, and remembers their momentum m, around which ``Cone`` looks.
 
+    It is for that estimator alone: with others m has no effect.
+
     ``m_t = beta m_{t-1} + estimate_t``, as the coefficients of its newest directions; what older ones had is cut off.
     """
 

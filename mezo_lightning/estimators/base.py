@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mezo_lightning.estimators.checks import check_count, check_epsilon
 from mezo_lightning.evaluators import Evaluate
 from mezo_lightning.samplers import derive_seed
 from mezo_lightning.steps import GradientEstimate, Point
@@ -54,16 +53,6 @@ class Estimator(ABC):
         Returns:
             The estimate; an empty one, with the reason, where the values allow none.
         """
-
-
-def check_probes(epsilon: float, num_queries: int) -> None:
-    """Refuse probes that cannot be made.
-
-    Raises:
-        ValueError: If epsilon is not a positive number that coefficients can hold, or there is no query.
-    """
-    check_epsilon(epsilon)
-    check_count("num_queries", num_queries, 1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mezo_lightning.estimators.base import Antithetic, Estimator, check_probes
+from mezo_lightning.estimators.base import Antithetic, Estimator
+from mezo_lightning.estimators.checks import check_probes
 from mezo_lightning.evaluators import Evaluate
 from mezo_lightning.steps import GradientEstimate, round_coefficient
 
@@ -18,7 +19,8 @@ class CentralDifference(Estimator):
     """
 
     epsilon: float = 1e-3
-    """How far from the weights the objective is probed; 1e-3 for all parameters, 1e-2 for LoRA, 1e-1 for prefixes."""
+    """How far from the weights the objective is probed. It depends on what is tuned: 1e-3 is usual for all parameters,
+    1e-2 for LoRA, and 1e-1 or far more for prefixes; `mezo tune` measures it."""
     num_queries: int = 1
     """Directions per step; each costs two forward passes."""
 

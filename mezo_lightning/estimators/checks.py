@@ -39,6 +39,21 @@ def check_count(name: str, value: int, least: int, *, even: bool = False) -> Non
         raise ValueError(f"{name}={value} must be {'an even number, ' if even else ''}at least {least}")
 
 
+def check_probes(epsilon: float, num_queries: int, least: int = 1) -> None:
+    """Refuse probes that cannot be made.
+
+    Args:
+        epsilon: See ``check_epsilon``.
+        num_queries: Directions per step.
+        least: The smallest number of them that will do.
+
+    Raises:
+        ValueError: If epsilon is no distance, or there are too few queries.
+    """
+    check_epsilon(epsilon)
+    check_count("num_queries", num_queries, least)
+
+
 def are_tied(values: Sequence[float]) -> bool:
     """Whether values do not differ by more than fp64 rounding: dividing by their spread would then blow up noise.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mezo_lightning.estimators.base import Antithetic, Estimator, check_probes
+from mezo_lightning.estimators.base import Antithetic, Estimator
+from mezo_lightning.estimators.checks import check_probes
 from mezo_lightning.evaluators import Evaluate
 from mezo_lightning.steps import GradientEstimate
 

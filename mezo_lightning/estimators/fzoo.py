@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import pstdev
 
 from mezo_lightning.estimators.base import Estimator
-from mezo_lightning.estimators.checks import are_tied, check_count, check_epsilon
+from mezo_lightning.estimators.checks import are_tied, check_probes
 from mezo_lightning.estimators.one_sided import ForwardDifference
 from mezo_lightning.evaluators import Evaluate
 from mezo_lightning.steps import GradientEstimate
@@ -32,8 +32,7 @@ class FZOO(Estimator):
     """Directions per step, N; a step costs one forward pass more than that."""
 
     def __post_init__(self) -> None:
-        check_epsilon(self.epsilon)
-        check_count("num_queries", self.num_queries, 2)
+        check_probes(self.epsilon, self.num_queries, least=2)
 
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         estimate = ForwardDifference(self.epsilon, self.num_queries).estimate(evaluate, seed=seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mezo_lightning.estimators.base import Estimator
-from mezo_lightning.estimators.checks import check_count, check_epsilon
+from mezo_lightning.estimators.checks import check_probes
 from mezo_lightning.evaluators import Evaluate
 from mezo_lightning.samplers import derive_seed
 from mezo_lightning.steps import GradientEstimate, Point, round_coefficient
@@ -24,13 +24,12 @@ class ForwardDifference(Estimator):
     """
 
     epsilon: float = 1e-3
-    """How far from the weights the objective is probed; 1e-3 for all parameters, 1e-2 for LoRA, 1e-1 for prefixes."""
+    """How far from the weights the objective is probed; as for CentralDifference, or smaller."""
     num_queries: int = 1
     """Directions per step; a step costs one forward pass more than that."""
 
     def __post_init__(self) -> None:
-        check_epsilon(self.epsilon)
-        check_count("num_queries", self.num_queries, 1)
+        check_probes(self.epsilon, self.num_queries)
 
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         epsilon = round_coefficient(self.epsilon)

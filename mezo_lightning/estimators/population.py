@@ -24,10 +24,12 @@ class Population(Estimator):
     all N of them.
 
     As published, nothing is divided by epsilon: the learning rate is in units of a step that does not depend on the
-    scale of the objective (about ``lr / sqrt(N)`` per coordinate and step with z-scores, 0.29 times that with ranks);
-    for all parameters Qiu et al. take ``lr = epsilon / 2``. In expectation the estimate points along the gradient; its
-    length says nothing about it. Deviations: members that tie share the mean of their ranks, so that a tie is no
-    signal; a step in which all members tie is skipped, where others add 1e-8 to std.
+    scale of the objective. The root mean square change of a coordinate is about ``lr / sqrt(N)`` with z-scores, whose
+    squares add up to N, and 0.29 times that with ranks. Antithetic members make it sqrt(2) times as large where the
+    objective is about linear over epsilon: the two weights of a pair are then opposite, and each of the N / 2
+    directions counts twice. For all parameters Qiu et al. take ``lr = epsilon / 2``. In expectation the estimate points
+    along the gradient; its length says nothing about it. Deviations: members that tie share the mean of their ranks, so
+    that a tie is no signal; a step in which all members tie is skipped, where others add 1e-8 to std.
     """
 
     epsilon: float = 1e-3

@@ -1,15 +1,16 @@
-"""CentralDifference against derivatives known in closed form, and one MeZO step against the plain algorithm."""
+"""Estimates against what is known in closed form, and one MeZO step against the plain algorithm."""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from closed_form import Quadratic
+from closed_form import ClosedForm, Quadratic
 from torch import Tensor, nn
 
-from mezo_lightning.estimators import CentralDifference
+from mezo_lightning.estimators import CentralDifference, Population
 from mezo_lightning.evaluators import Copy, Evaluation, Samples
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
@@ -101,6 +102,18 @@ def test_a_failed_sample_does_not_reach_the_projected_grad():
 def test_wrong_options_are_refused_by_name(epsilon: float, num_queries: int, message: str):
     with pytest.raises(ValueError, match=message):
         CentralDifference(epsilon, num_queries)
+
+
+@pytest.mark.parametrize(("fitness", "size"), [("z_score", 1.0), ("centered_rank", 0.29)])
+@pytest.mark.parametrize(("antithetic", "factor"), [(False, 1.0), (True, math.sqrt(2))])
+def test_the_size_of_a_populations_step_is_the_stated_one(fitness: Any, size: float, antithetic: bool, factor: float):
+    """Where the objective is linear; N / d of the step's square lies along the gradient, on top of what is stated."""
+    count, members = 6000, 30
+    slope = torch.randn(count, generator=torch.Generator().manual_seed(0)).double()
+    linear = ClosedForm(Gaussian(), torch.zeros(count, dtype=torch.float64), lambda x: slope @ x)
+    estimate = Population(1e-2, members, antithetic, fitness).estimate(linear, seed=1)
+    found = float(linear.dense(estimate).square().mean().sqrt())
+    assert found == pytest.approx(factor * size / math.sqrt(members), rel=0.06)
 
 
 class Net(nn.Module):

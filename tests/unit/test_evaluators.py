@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from mezo_lightning.evaluators import Copy, Evaluation, Evaluator, Samples
+from mezo_lightning.evaluators import Copy, Evaluation, Evaluator, Preferences, Samples
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.samplers import Gaussian
@@ -391,9 +391,27 @@ def test_too_few_samples_are_a_reason_to_skip(failed: int, fraction: float, skip
     evaluation = Evaluation.of(POINTS[:2], [good, Samples(good.values, mask)], fraction)
     assert (evaluation.skip_reason is not None) == skipped
     if skipped:
-        expected = f"{4 - failed} of 4 samples have a value at every point, fewer than {fraction:.0%}"
-        assert evaluation.skip_reason == expected
+        least = f", fewer than {fraction:.0%}" if fraction else ""
+        assert evaluation.skip_reason == f"{4 - failed} of 4 samples have a value at every point{least}"
     assert evaluation.means == ([1.0, 1.0] if failed < 4 else pytest.approx([math.nan, math.nan], nan_ok=True))
+
+
+@pytest.mark.parametrize(
+    ("answers", "fraction", "reason"),
+    [
+        (0, 0.0, "0 of 500 comparisons have an answer"),
+        (1, 0.0, None),
+        (1, 0.005, "1 of 500 comparisons have an answer, fewer than 0.5%"),
+        (34, 0.07, "34 of 500 comparisons have an answer, fewer than 7%"),
+        (35, 0.07, None),
+    ],
+)
+def test_too_few_answers_are_a_reason_to_skip(answers: int, fraction: float, reason: str | None):
+    votes = torch.full((1, 500), math.nan, dtype=torch.float64)
+    votes[0, :answers] = 1.0
+    samples = [Samples.of(torch.zeros(500))] * 2
+    evaluation = Evaluation.of(POINTS[:2], samples, fraction, lambda asked: Preferences(votes))
+    assert evaluation.compared([(0, 1)]).skip_reason == reason
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mezo_lightning import GRZO, Flipout, Gaussian, LowRank, MeZO, Rademacher, Rowwise, Subset
 from mezo_lightning.evaluators import Copy
+from mezo_lightning.sampler_records import sampler_as_dict, sampler_from_dict
 from mezo_lightning.samplers import Sampler, derive_seed
-from mezo_lightning.structured import sampler_as_dict, sampler_from_dict
 from mezo_lightning.trajectory import Header, Trajectory, replay
 
 SHAPES = {"embed": (11, 6), "w": (64, 48), "b": (64,), "layers.0.conv": (3, 4, 5), "scale": (), "norm": (13,)}

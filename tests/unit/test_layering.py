@@ -23,6 +23,7 @@ TORCH_ONLY = [
     "transforms",
     "optimizer",
     "structured",
+    "sampler_records",
     "scaled",
     "sparse",
     "chunks",

@@ -1,5 +1,6 @@
 """Low-rank directions and subsets of layers: exact, the same for every cut, and what the papers' equations say."""
 
+import re
 from typing import Any
 
 import pytest
@@ -159,6 +160,30 @@ def test_within_a_block_the_directions_are_those_of_the_inner_sampler():
 def test_bad_subset(arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         Subset(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("layers.0.w", "layers.0"),
+        ("model.decoder.layers.11.fc1.weight", "layers.11"),  # OPT
+        ("model.layers.0.mlp.up_proj.weight", "layers.0"),  # Llama
+        ("transformer.h.3.attn.c_attn.weight", "h.3"),  # GPT-2
+        ("gpt_neox.layers.2.attention.dense.bias", "layers.2"),
+        ("roberta.encoder.layer.4.output.dense.weight", "layer.4"),
+        ("bert.encoder.layer.10.attention.self.query.weight", "layer.10"),
+        ("encoder.block.2.layer.0.SelfAttention.q.weight", "block.2"),  # T5, where each block has a layer.0
+        ("transformer.blocks.1.ffn.up_proj.weight", "blocks.1"),  # MPT
+        ("base_model.model.model.layers.7.self_attn.q_proj.lora_A.default.weight", "layers.7"),  # PEFT
+        ("path.0.weight", None),
+        ("model.decoder.embed_tokens.weight", None),
+        ("roberta.embeddings.LayerNorm.weight", None),
+        ("roberta.pooler_layer.0.weight", None),
+    ],
+)
+def test_the_blocks_are_the_layers_of_usual_models(name: str, block: str | None):
+    match = re.search(Subset().blocks, name)
+    assert (match and match.group()) == block
 
 
 def test_blocks_that_no_parameter_has():

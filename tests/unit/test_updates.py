@@ -21,7 +21,7 @@ from mezo_lightning.samplers import Gaussian, Rademacher, Sampler, derive_seed
 from mezo_lightning.steps import GradientEstimate, Step
 from mezo_lightning.structured import LowRank, Subset
 from mezo_lightning.trajectory import Header, Trajectory, replay
-from mezo_lightning.updates import Momentum, ScalarAdam, Update
+from mezo_lightning.updates import Momentum, ScalarAdam, Trail, Update
 
 LR = 1e-3
 UPDATES: list[Update | None] = [None, Momentum(0.8, 3), ScalarAdam(), ScalarAdam(0.5, 0.9, window=4)]
@@ -390,6 +390,10 @@ def test_wrong_numbers_are_refused_by_name(make: Any, message: str):
         (
             {"update": Momentum(), "sampler": LowRank()},
             r"with sampler=LowRank\(.*a seed gives other ones by then: use G",
+        ),
+        (
+            {"update": Trail(), "sampler": LowRank()},
+            r"update=Trail\(.*\) is for the estimator Cone, which applies the directions of earlier steps again",
         ),
         ({"update": ScalarAdam(0.5), "sampler": Subset()}, r"update=ScalarAdam\(beta1=0.5.*with sampler=Subset"),
         ({"decay_towards": "base"}, "decay_towards='base' is unknown; choose 'zero' or 'start'"),
