@@ -81,7 +81,7 @@ ESTIMATORS = {
     "es": Rule(Population(EPSILON, 6), (6,), 6, None, lr=0.1),
     "ranked es": Rule(Population(EPSILON, 6, antithetic=True, fitness="centered_rank"), (6,), 3, None, lr=0.3),
     "comparison": Rule(Comparison(EPSILON, 2), (4,), 2, None, lr=0.1, tie="zero"),
-    "cone": Rule(Cone(EPSILON), (2,), 1, 1.0, tie="zero", further=1),
+    "cone": Rule(Cone(EPSILON), (2,), 1, None, tie="zero", further=1),
     "grzo": Rule(GRZO(EPSILON), (2,), ROWS, None, lr=0.1),
     "grzo, not normalised": Rule(GRZO(EPSILON, normalize=False), (2,), ROWS, 1.0, tie="zero"),
 }
@@ -157,23 +157,35 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.embed(ids[None]))[0][0])
 
 
-def with_adapters() -> nn.Module:
-    model: Any = Net()
+def adapted(model: Any) -> nn.Module:
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["layers.0", "layers.1"], init_lora_weights=False))
     return tuned
 
 
-def scales_of_codes() -> nn.Module:
-    """Two layers of 4-bit codes, of which only the scales are tuned: 5 each."""
+def of_codes(**options: Any) -> nn.Module:
+    """A frozen model whose two layers are 4-bit codes."""
     bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra quantised)")
-    from mezo_lightning.models.scales import add_scales
-
     model = Net(width=16).requires_grad_(False)
     for number, layer in enumerate(model.layers):
         shape = layer.in_features, layer.out_features
-        codes = bitsandbytes.nn.Linear4bit(*shape, compress_statistics=False, quant_type="nf4")
+        codes = bitsandbytes.nn.Linear4bit(*shape, compress_statistics=False, quant_type="nf4", **options)
         codes.load_state_dict(layer.state_dict())
         model.layers[number] = codes.requires_grad_(False).to("cpu")
+    return model
+
+
+def adapters_on_codes() -> nn.Module:
+    """As transformers and peft do it: an adapter beside each layer of codes."""
+    model: Any = of_codes(compute_dtype=torch.float32)
+    model.is_loaded_in_4bit = True
+    return adapted(model)
+
+
+def scales_of_codes() -> nn.Module:
+    """Only the scales of the codes are tuned: 5 each."""
+    model = of_codes()
+    from mezo_lightning.models.scales import add_scales  # needs bitsandbytes
+
     add_scales(model, "log_scales")
     for name, parameter in model.named_parameters():
         if name.endswith("log_scales"):
@@ -205,7 +217,8 @@ SPACES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
     "full": (Net, everything),
     "two groups": (Net, two_groups),
     "biases": (biases_only, everything),
-    "lora": (with_adapters, everything),
+    "lora": (lambda: adapted(Net()), everything),
+    "lora on codes": (adapters_on_codes, everything),
     "scales": (scales_of_codes, everything),
     "lstm": (Recurrent, everything),
     "tied": (lambda: Net("tied"), everything),

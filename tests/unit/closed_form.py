@@ -51,8 +51,9 @@ class ClosedForm:
 
     def dense(self, estimate: GradientEstimate) -> Tensor:
         """The gradient estimate as the vector that it stands for."""
-        terms = zip(estimate.seeds, estimate.projected_grads, strict=True)
-        return sum((estimate.scale * g * self.direction(seed) for seed, g in terms), torch.zeros_like(self.theta))
+        return sum(
+            (estimate.scale * g * self.direction(seed) for seed, g in estimate.terms), torch.zeros_like(self.theta)
+        )
 
     def __call__(self, points: Sequence[Point]) -> Evaluation:
         self.rounds.append(points)

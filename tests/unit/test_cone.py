@@ -82,6 +82,23 @@ def test_in_many_dimensions_z_is_as_long_as_a_random_direction_and_at_its_angle(
             assert float(m @ z / m.norm() / z.norm()) == pytest.approx(math.cos(1.35), abs=0.03)
 
 
+def test_the_bias_around_a_momentum_is_the_stated_one():
+    """Over new directions u, the mean of g z is ``sin^2 grad + cos^2 (m . grad) m``, m with coordinates of size 1."""
+    slope = torch.randn(8, generator=torch.Generator().manual_seed(0)).double()
+    objective = ClosedForm(Gaussian(), torch.zeros(8, dtype=torch.float64), lambda x: slope @ x)
+    optimizer, x = optimizer_of(8, lr=0.0)
+    for _ in steps(objective, optimizer, x, Cone(EPSILON, ANGLE), 3):
+        pass
+    terms = optimizer.memory.estimates[0]
+    m = dense(objective, terms) / math.sqrt(sum(c * c for _, c in terms))
+    cone = Cone(EPSILON, ANGLE).knowing(optimizer)
+    found = torch.stack([objective.dense(cone.estimate(objective, seed=derive_seed(7, i))) for i in range(400)])
+    error = found.std(0) / math.sqrt(len(found))
+    expected = math.sin(ANGLE) ** 2 * slope + math.cos(ANGLE) ** 2 * (m @ slope) * m
+    assert bool(((found.mean(0) - expected).abs() < 4 * error).all())
+    assert bool(((expected - slope).abs() > 8 * error).any())  # MeZO's mean is another one
+
+
 def aligned(cone: Cone, trail: Trail, trials: int, count: int = 2000) -> float:
     """The squared alignment of z with a fixed gradient, relative to that of a random direction; from step 40 on."""
     found = []
