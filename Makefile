@@ -30,7 +30,7 @@ test: setup lint
 	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 unit: setup
-	$(BIN)/pytest tests/unit -m "not slow"
+	$(BIN)/pytest tests/unit -m "not slow" -n 2
 
 lint: setup
 	$(BIN)/ruff format --check

@@ -242,6 +242,7 @@ def test_where_nothing_is_completed_the_table_has_scores_only(capsys):
     assert "before" not in out
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_left_does_not_end_the_run(tmp_path):
     program = """
 import sys, time

@@ -57,8 +57,10 @@ from mezo_lightning.updates import Update
 
 STEPS, RESUMED_AT = 3, 1  # the factors of some samplers are drawn anew after step 2
 
-each = pytest.mark.parametrize("of", COMBINATIONS, ids=str)
-each_part = pytest.mark.parametrize("of", with_every_part(), ids=str)
+PARTS = with_every_part()
+MARKS = {of: () if of in PARTS else pytest.mark.slow for of in COMBINATIONS}
+each = pytest.mark.parametrize("of", [pytest.param(of, id=str(of), marks=marks) for of, marks in MARKS.items()])
+each_part = pytest.mark.parametrize("of", PARTS, ids=str)
 each_sampler = pytest.mark.parametrize("name", SAMPLERS)
 each_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 

@@ -120,6 +120,7 @@ def test_at_a_probe_the_tuned_model_is_the_probes_and_the_base_stays(make_model,
         assert (max(expected) > 1e-3) == bool(point.terms)
 
 
+@pytest.mark.slow
 def test_steps_with_a_large_weight_lead_back_to_the_base(make_model, tokenizer, make_batch):
     """The rewards are lengths; a weight of 1e-9 measures and changes nothing."""
     distances = {}

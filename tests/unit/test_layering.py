@@ -67,6 +67,7 @@ def imported(path: Path, at_runtime: bool = False) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_the_core_imports_and_runs_with_torch_alone():
     script = f"""
 import sys

@@ -304,6 +304,7 @@ for number in range(first, first + 10_000):
 """
 
 
+@pytest.mark.slow
 def test_killed_writers_lose_and_double_nothing(tmp_path: Path, votes: Store):
     """A run and two judges, each killed with SIGKILL at random moments, again and again."""
     dice = random.Random(0)

@@ -273,6 +273,7 @@ def test_truncate_and_append_continue_a_run(tmp_path: Path):
     assert (tmp_path / "t").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_record_is_in_the_systems_hands_when_append_returns(tmp_path: Path):
     """The process ends without any chance to flush."""
     script = f"""
