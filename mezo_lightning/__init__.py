@@ -20,6 +20,7 @@ from mezo_lightning.estimators import (
     GreedyDirection,
     GuidingVector,
     Population,
+    Ranking,
 )
 from mezo_lightning.evaluators import Copy, Samples
 from mezo_lightning.flipout import Flipout
@@ -92,6 +93,7 @@ __all__ = [
     "Pretrained",
     "PromptDataModule",
     "Rademacher",
+    "Ranking",
     "Reward",
     "RewardObjective",
     "Rowwise",

@@ -31,6 +31,7 @@ from mezo_lightning.estimators import (
     GreedyDirection,
     GuidingVector,
     Population,
+    Ranking,
 )
 from mezo_lightning.evaluators import Copy, Evaluation, Evaluator
 from mezo_lightning.flipout import Flipout
@@ -81,6 +82,7 @@ ESTIMATORS = {
     "es": Rule(Population(EPSILON, 6), (6,), 6, None, lr=0.1),
     "ranked es": Rule(Population(EPSILON, 6, antithetic=True, fitness="centered_rank"), (6,), 3, None, lr=0.3),
     "comparison": Rule(Comparison(EPSILON, 2), (4,), 2, None, lr=0.1, tie="zero"),
+    "ranking": Rule(Ranking(EPSILON, 4), (4,), 4, None, lr=0.1, tie="zero"),
     "cone": Rule(Cone(EPSILON), (2,), 1, None, tie="zero", further=1),
     "grzo": Rule(GRZO(EPSILON), (2,), ROWS, None, lr=0.1),
     "grzo, not normalised": Rule(GRZO(EPSILON, normalize=False), (2,), ROWS, 1.0, tie="zero"),

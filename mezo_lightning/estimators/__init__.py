@@ -14,6 +14,7 @@ from mezo_lightning.estimators.grzo import GRZO
 from mezo_lightning.estimators.guided import GuidingVector
 from mezo_lightning.estimators.one_sided import ForwardDifference
 from mezo_lightning.estimators.population import Population
+from mezo_lightning.estimators.ranking import Ranking
 
 __all__ = [
     "FZOO",
@@ -26,4 +27,5 @@ __all__ = [
     "GreedyDirection",
     "GuidingVector",
     "Population",
+    "Ranking",
 ]

@@ -1,8 +1,9 @@
 """Comparisons as an objective: which of two completions is better, in the eyes of a person, a judge or a model.
 
-A step needs no scores. It asks which of its two probes wrote the better completion of each prompt, and the estimator
-``Comparison`` makes an estimate of the votes. An oracle (``oracles.py``) is asked once for all pairs of a step, at the
-weights as they are, and never about two completions that are the same: those are ties.
+A step needs no scores. It asks which of two probes wrote the better completion of each prompt, and the estimator
+``Comparison``, or ``Ranking`` for several probes, makes an estimate of the votes. An oracle (``oracles.py``) is asked
+once for all pairs of a step, at the weights as they are, and never about two completions that are the same: those are
+ties.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _ORDER = 2  # what a step's seed is for, beside those of module.py
 
 @dataclass(frozen=True)
 class PreferenceObjective(Objective):
-    """Which of two completions is better, in the eyes of an oracle; goes with the estimator ``Comparison``."""
+    """Which of two completions is better, in the eyes of an oracle; for the estimators ``Comparison``, ``Ranking``."""
 
     oracle: str | Reward | Callable[..., Any]
     """`oracle(prompts, first, second, **columns) -> list[float | None]`: an import path, a class_path with init_args,
@@ -96,7 +97,7 @@ def check_estimator(estimator: Estimator, objective: Objective, pretrained: Pret
     if isinstance(objective, PreferenceObjective) and estimator.needs_values:
         raise ValueError(
             f"estimator={type(estimator).__name__} needs a value at each point, and a PreferenceObjective only "
-            "compares points: use `estimator: Comparison`, or a RewardObjective where there are scores"
+            "compares points: use `estimator: Comparison` or Ranking, or a RewardObjective where there are scores"
         )
     if pretrained.quantization is not None:
         warn_of_small_epsilon(estimator.epsilon)

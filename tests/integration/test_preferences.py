@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from mezo_lightning import Generate, MeZO, MeZOModule, Pretrained
-from mezo_lightning.estimators import CentralDifference, Comparison
+from mezo_lightning.estimators import CentralDifference, Comparison, Estimator, Ranking
 from mezo_lightning.objectives.preference import PreferenceObjective
 from mezo_lightning.reporting.records import RunRecords
 from rewards.pairwise import ByScore
@@ -81,7 +81,8 @@ def test_votes_alone_win_over_the_base_model(tmp_path: Path, opt: Path, rows: Pa
     assert_same(weights(model_of(tuned)), weights(replayed(tmp_path, opt)))
 
 
-def test_scores_do_as_well_where_only_their_order_counts(tmp_path: Path, opt: Path, rows: Path):
+@pytest.mark.parametrize("estimator", [Comparison(EPSILON, num_queries=2), Ranking(EPSILON, num_points=3)], ids=repr)
+def test_scores_do_as_well_where_only_their_order_counts(estimator: Estimator, tmp_path: Path, opt: Path, rows: Path):
     """The votes of an oracle that compares a reward's scores are the signs of that reward's differences."""
     pairs = {
         "oracle": PreferenceObjective(ByScore(count_vowels), GENERATE),
@@ -89,7 +90,7 @@ def test_scores_do_as_well_where_only_their_order_counts(tmp_path: Path, opt: Pa
     }
     steps = {}
     for name, objective in pairs.items():
-        tuned = module_of(opt, objective, estimator=Comparison(EPSILON, num_queries=2))
+        tuned = module_of(opt, objective, estimator=estimator)
         trainer_of(tmp_path / name, 5).fit(tuned, data_of(rows, batch_size=8))
         steps[name] = steps_taken(tmp_path / name)
     assert steps["oracle"] == steps["reward"]

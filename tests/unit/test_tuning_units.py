@@ -20,6 +20,7 @@ from mezo_lightning.estimators import (
     GreedyDirection,
     GuidingVector,
     Population,
+    Ranking,
 )
 from mezo_lightning.evaluators import Copy
 from mezo_lightning.flipout import Flipout
@@ -109,6 +110,7 @@ def test_rules_with_steps_like_those_of_mezo_are_advised_a_learning_rate(tuning:
         ({"estimator": FZOO()}, ["estimator: FZOO"]),
         ({"estimator": Population()}, ["estimator: Population"]),
         ({"estimator": Comparison()}, ["estimator: Comparison"]),
+        ({"estimator": Ranking()}, ["estimator: Ranking"]),
         ({"estimator": GRZO(), "sampler": Flipout()}, ["estimator: GRZO"]),
         ({"estimator": GuidingVector(pool_size=8, match_norm=False)}, ["estimator: GuidingVector"]),
         ({"transform": Standardize()}, ["transform: Standardize"]),
