@@ -22,6 +22,7 @@ def step_record(
     step: int,
     learning_rates: list[float],
     seconds: float,
+    update_rms: float | None = None,
     *,
     masks: Masks | None = None,
     tally: Tally | None = None,
@@ -33,6 +34,7 @@ def step_record(
         step: The number of the step, from 1.
         learning_rates: Of each parameter group, as the step used them.
         seconds: How long the step took.
+        update_rms: How far the step moved a weight.
         masks: What was left out of each round.
         tally: What there is to say about asking rewards.
     """
@@ -53,6 +55,7 @@ def step_record(
         skipped=estimate.skipped,
         metrics=_mean_metrics(rounds) | tally.statements(),
         calls=tally.calls(),
+        update_rms=update_rms,
         masks=[[[row, component] for row, component in one] for one in masks or []],
     )
 
@@ -63,6 +66,8 @@ def flatten(record: StepRecord) -> dict[str, float]:
     several = len(record.projected_grads) > 1
     figures |= {f"projected_grad{f'/q{i}' if several else ''}": g for i, g in enumerate(record.projected_grads)}
     figures |= {f"lr{f'/group{i}' if len(record.lr) > 1 else ''}": lr for i, lr in enumerate(record.lr)}
+    if record.update_rms is not None:
+        figures["update_rms"] = record.update_rms
     figures |= record.metrics
     figures |= {f"rewards/calls/{name}": value for name, value in record.calls.items()}
     figures |= {"valid_fraction": record.valid_fraction, "tie_fraction": record.tie_fraction}

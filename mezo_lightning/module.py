@@ -162,7 +162,7 @@ class MeZOModule(pl.LightningModule):
         estimate = self.transform(estimator.estimate(evaluate, seed=derive_seed(self.seed, step, _DIRECTIONS)))
         learning_rates = [float(group["lr"]) for group in self._mezo.param_groups]
         self._update(estimate=estimate)
-        when = (step + 1, learning_rates, time.perf_counter() - started)
+        when = (step + 1, learning_rates, time.perf_counter() - started, self._mezo.update_rms)
         record = step_record(estimate, *when, masks=self._rounds.masks, tally=self._bound.take_tally())
         self._log_step(record, estimate, len(batch))
         return {"record": record}

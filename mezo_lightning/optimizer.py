@@ -100,6 +100,8 @@ class MeZO(torch.optim.Optimizer):
         self._check_beside()
         self.trajectory: Trajectory | None = None
         """Where every step is recorded, if anywhere."""
+        self.last_step = Step()
+        """What changed the weights last; before the first step, nothing."""
         self._steps = 0
         self.space.step_number = self._number
         self._digest = hashlib.blake2b(digest_size=16)
@@ -138,6 +140,7 @@ class MeZO(torch.optim.Optimizer):
         with uninterrupted():
             self.space.apply([step])
             self._memory = memory
+            self.last_step = step
             self._steps = step.number + 1
             self._digest.update(repr((step.number, step.terms, step.decays, *step.rates)).encode())
             if self.trajectory is not None and recorded is None:
@@ -148,6 +151,14 @@ class MeZO(torch.optim.Optimizer):
     def digest(self) -> str:
         """A hash of all steps that this object made: that of another rank, if both made the same."""
         return self._digest.hexdigest()
+
+    @property
+    def update_rms(self) -> float | None:
+        """The root mean square change of a weight in the last step, see ``Step.rms``."""
+        numels = [
+            sum(info.numel for info in self.space.table if info.group == k) for k in range(len(self.param_groups))
+        ]
+        return self.last_step.rms(numels)
 
     @property
     def memory(self) -> Memory:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -106,6 +107,22 @@ class Step:
     """Keeps dense moments, if there is one."""
     rates: tuple[float, ...] = ()
     """Of each parameter group, where there is such a rule."""
+
+    def rms(self, numels: Sequence[int]) -> float | None:
+        """The root mean square change of a weight by the sum, for independent directions of unit variance.
+
+        Args:
+            numels: The number of weights in each parameter group.
+
+        Returns:
+            The change; None where a rule keeps dense moments, for coefficients do not tell it then.
+        """
+        if self.rule is not None:
+            return None
+        squares = math.fsum(
+            numel * c * c for _, coefficients in self.terms for numel, c in zip(numels, coefficients, strict=True)
+        )
+        return math.sqrt(squares / sum(numels))
 
     @property
     def changes_nothing(self) -> bool:

@@ -45,6 +45,8 @@ class StepRecord:
     """How asking the rewards went: rows asked and failed, hit rate, seconds of a call. It has no part in the step."""
     masks: list[list[list[int]]] = field(default_factory=list)
     """What was left out of each round of points, as pairs [row, component]; empty where nothing was. See `masks.py`."""
+    update_rms: float | None = None
+    """Root mean square change of a tuned weight, see `Step.rms`; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ FILES: Mapping[type[Record], str] = {
     SampleRecord: "samples.jsonl",
 }
 INFO_FILE = "run.json"
-_NONE_MEANS_NONE = frozenset({"identical_fraction", "skipped", "rows", "planned_steps"})  # elsewhere null was a NaN
+_NONE_MEANS_NONE = frozenset(
+    {"identical_fraction", "update_rms", "skipped", "rows", "planned_steps"}
+)  # elsewhere null was a NaN
 
 
 class RunRecords:

@@ -161,8 +161,8 @@ def _learning_rate(tuning: Tuning, units: Units) -> Advice:
         parts = " and ".join(f"`{part}`" for part in units.other_units)
         reason = (
             f"root mean square change of a weight by plain MeZO's lr ({best}). With {parts} the same lr makes other "
-            "steps: choose one with which each estimate moves the weights about that far in all; q directions allow "
-            f"up to sqrt(q) times that. {more}"
+            "steps: choose one with which each estimate moves the weights about that far in all (`update_rms` in the "
+            f"logs); q directions allow up to sqrt(q) times that. {more}"
         )
         return Advice("RMS step, not lr", step, reason)
     reason = f"{best}; q directions allow up to q times that. It moves each weight by about {step} a step. {more}"

@@ -20,8 +20,8 @@ from mezo_lightning import MeZOModule
 from mezo_lightning.reporting.records import RunRecords
 
 EVERY_STEP = {
-    "objective/q0+", "objective/q0-", "projected_grad", "lr", "probes_per_second", "tie_fraction", "valid_fraction",
-    "skipped_steps",
+    "objective/q0+", "objective/q0-", "projected_grad", "lr", "update_rms", "probes_per_second", "tie_fraction",
+    "valid_fraction", "skipped_steps",
 }  # fmt: skip
 
 

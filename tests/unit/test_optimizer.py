@@ -11,12 +11,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from mezo_lightning.dense import DenseMomentum
 from mezo_lightning.estimators import CentralDifference
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian
 from mezo_lightning.steps import GradientEstimate, round_coefficient, round_fp32
+from mezo_lightning.updates import Momentum, Update
 
 ESTIMATE = GradientEstimate((5, 6), (1.0, -2.0), 0.5)
 ROUNDINGS: list[RoundingName] = ["stochastic", "compensated", "master"]
@@ -265,3 +267,21 @@ def test_a_later_parameter_group_is_refused() -> None:
     optimizer = MeZO([("weight", model.weight)])
     with pytest.raises(ValueError, match="another parameter group"):
         optimizer.add_param_group({"params": [("bias", model.bias)]})
+
+
+@pytest.mark.parametrize("update", [None, Momentum(0.5, window=2), DenseMomentum(0.5)], ids=repr)
+def test_the_size_of_a_step_is_told(update: Update | None):
+    """From its coefficients alone, as far as those tell it: two groups of other sizes and rates."""
+    weights = [("matrix", nn.Parameter(torch.zeros(200, 150))), ("bias", nn.Parameter(torch.zeros(10_000)))]
+    optimizer = MeZO([{"params": [weights[0]], "lr": 0.5}, {"params": [weights[1]], "lr": 2.0}], update=update)
+    assert optimizer.update_rms in (0.0, None)
+    for step in range(3):
+        before = torch.cat([p.detach().flatten() for _, p in weights])
+        optimizer.step(estimate=GradientEstimate((2 * step + 1, 2 * step + 2), (3.0, -1.0), 0.5))
+        change = torch.cat([p.detach().flatten() for _, p in weights]) - before
+        measured = float(change.square().mean().sqrt())
+        assert optimizer.update_rms == (
+            None if isinstance(update, DenseMomentum) else pytest.approx(measured, rel=0.03)
+        )
+    optimizer.step(estimate=GradientEstimate(skipped="a tie"))
+    assert optimizer.update_rms == (None if isinstance(update, DenseMomentum) else 0.0)
