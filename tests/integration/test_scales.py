@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mezo_lightning.estimators import GRZO
+from mezo_lightning.estimators import GRZO, CentralDifference
 from mezo_lightning.evaluators import Copy
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.models.pretrained import Pretrained, export
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.rowwise.evaluator import Rowwise
+from mezo_lightning.samplers import Gaussian, derive_seed
 from mezo_lightning.steps import Point
+from mezo_lightning.transforms import Clip
 
 bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra quantised)")
 
@@ -100,6 +102,43 @@ def test_both_evaluators_probe_alike_and_leave_no_trace(opt: Path, quantization:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+IDS = torch.tensor([[0, 60, 70, 80, 90, 100], [0, 61, 72, 83, 94, 105]])
+
+
+def next_token_loss(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return F.cross_entropy(model(input_ids=IDS).logits[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten())
+
+
+def test_steps_are_those_of_qzo_on_the_weights_that_the_codes_stand_for(opt: Path):
+    """The published algorithm, two-sided and clipped, on a dense model; scales move in proportion to themselves."""
+    lr, epsilon, most = 0.05, 0.125, 1.0
+    model = loaded(opt, NF4)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
+    dense = AutoModelForCausalLM.from_pretrained(opt, dtype=torch.float32).eval()
+    starts = [0, *torch.tensor([layer.log_scales.numel() for layer in layers.values()]).cumsum(0).tolist()]
+    log_scales = torch.zeros(starts.pop())
+
+    def loss(at: Tensor) -> float:
+        for start, (name, layer) in zip(starts, layers.items(), strict=True):
+            factors = at[start : start + layer.log_scales.numel()].exp()
+            dense.get_submodule(name).weight.data = weight_of(layer, factors)
+        return float(next_token_loss(dense))
+
+    optimizer = MeZO(model.named_parameters(), lr=lr)
+    estimator, evaluator = CentralDifference(epsilon), Copy(optimizer.space)
+    clipped = 0
+    for step in range(4):
+        z = Gaussian().fill(torch.empty(log_scales.numel()), derive_seed(step, 0), 0)
+        slope = (loss(log_scales + epsilon * z) - loss(log_scales - epsilon * z)) / (2 * epsilon)
+        clipped += abs(slope) > most
+        log_scales -= lr * max(-most, min(slope, most)) * z
+        optimizer.step(estimate=Clip(most)(estimator.estimate(evaluator(lambda: next_token_loss(model)), seed=step)))
+        tuned_scales = torch.cat([layer.log_scales.detach() for layer in layers.values()])
+        torch.testing.assert_close(tuned_scales, log_scales, atol=2e-4, rtol=0)
+    assert 0 < clipped < 4
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
