@@ -8,7 +8,7 @@ one more product (Flipout: Wen et al., 2018, arXiv 1803.04386; as directions of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,8 +35,9 @@ class Flipout(Sampler):
 
     sampler: Sampler = Gaussian()  # noqa: RUF009  (frozen)
     """The directions U that a step shares."""
-    seed: int = 0
-    """Decides the shared directions, together with the number of the step."""
+    seed: int | None = None
+    """Decides the shared directions, with the number of the step; null: the run's seed does, or 0 where there is no
+    run."""
 
     def __post_init__(self) -> None:
         # The other way round GRZO would refuse it.
@@ -46,6 +47,9 @@ class Flipout(Sampler):
             "GRZO, which Flipout is for, cannot be combined with such directions: make it of another sampler, or take "
             "another estimator",
         )
+
+    def seeded(self, seed: int) -> Flipout:
+        return replace(self, sampler=self.sampler.seeded(seed), seed=seed if self.seed is None else self.seed)
 
     def bind(self, table: Sequence[ParameterInfo]) -> FlipoutDirections:
         return FlipoutDirections(self, table)
@@ -140,7 +144,7 @@ class FlipoutDirections(Directions):
         return self._signs.fill(torch.empty(count, dtype=torch.float32, device=device), seed, start)
 
     def _key(self, number: int) -> int:
-        return derive_seed(self._config.seed, _SHARED, number)
+        return derive_seed(self._config.seed or 0, _SHARED, number)
 
 
 def _sides(info: ParameterInfo) -> tuple[int, int]:

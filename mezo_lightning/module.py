@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EvaluatorName = Literal["auto", "leaf_scratch", "copy"]
-_DIRECTIONS, _DECODING = 0, 1  # what a step's seeds are for
+_DIRECTIONS, _DECODING, _SUBSPACES = 0, 1, 1 << 32  # what seeds are for; the last is where others have a step's number
 _DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 _IN_PROGRESS_BAR = ("reward", "loss", "probes_per_second")
 _SMALL_SHARE = 0.1  # of the weights: so few trainable ones may well be copied
@@ -279,7 +279,8 @@ class MeZOModule(pl.LightningModule):
         """The optimizer over the trainable parameters, under their names in the Hugging Face model."""
         assert self.model is not None
         named = [(name, p) for name, p in self._placement.named_parameters(self.model) if p.requires_grad]
-        optimizer, scheduler = build_optimizer(self._make_optimizer, self._make_scheduler, named)
+        seed = derive_seed(self.seed, _SUBSPACES)
+        optimizer, scheduler = build_optimizer(self._make_optimizer, self._make_scheduler, named, seed)
         if scheduler is None:
             return optimizer
         # The interval is for LearningRateMonitor, which would log once an epoch otherwise.

@@ -231,6 +231,15 @@ class Sampler(ABC):
         """Whether weights decide on where directions are 0; other samplers cannot be made of such a one."""
         return False
 
+    def seeded(self, seed: int) -> Sampler:
+        """This sampler with a seed wherever it draws something of its own and was given none.
+
+        Args:
+            seed: The seed.
+        """
+        del seed
+        return self
+
     def settled(self, slices: Sequence[Slice], table: Sequence[ParameterInfo]) -> Sampler:
         """This sampler with all that it has to know of the weights that a run begins with; most need to know nothing.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,9 @@ class Scaled(Sampler):
     @property
     def same_at_every_step(self) -> bool:
         return self.sampler.same_at_every_step
+
+    def seeded(self, seed: int) -> Scaled:
+        return replace(self, sampler=self.sampler.seeded(seed))
 
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
         return _ScaledDirections(self, table)

@@ -17,8 +17,15 @@ def build_optimizer(
     make_optimizer: Callable[[Iterable], Optimizer],
     make_scheduler: LRSchedulerCallable | None,
     named: Sequence[tuple[str, Tensor]],
+    seed: int = 0,
 ) -> tuple[MeZO, Any]:
     """The optimizer over some named parameters, and its scheduler or None.
+
+    Args:
+        make_optimizer: Makes it.
+        make_scheduler: Makes its scheduler; None for none.
+        named: The parameters.
+        seed: For what its sampler draws beside directions, if that has no seed of its own.
 
     Raises:
         ValueError: If the optimizer needs gradients, or the scheduler waits for a figure without saying which.
@@ -26,6 +33,7 @@ def build_optimizer(
     optimizer = make_optimizer(named)
     if not isinstance(optimizer, MeZO):
         raise ValueError(f"model.optimizer={type(optimizer).__name__} needs gradients, and there are none; use MeZO")
+    optimizer.space.sampler = optimizer.space.sampler.seeded(seed)
     scheduler = None if make_scheduler is None else make_scheduler(optimizer)
     if isinstance(scheduler, torch_schedulers.ReduceLROnPlateau) and not isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(

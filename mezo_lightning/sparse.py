@@ -60,6 +60,9 @@ class Sparse(Sampler):
     def looks_at_weights(self) -> bool:
         return True
 
+    def seeded(self, seed: int) -> Sparse:
+        return replace(self, sampler=self.sampler.seeded(seed))
+
     def settled(self, slices: Sequence[Slice], table: Sequence[ParameterInfo]) -> Sparse:
         matrices = [info for info in table if len(info.shape) >= 2]
         if self.thresholds is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -51,8 +51,8 @@ class LowRank(Sampler):
     """Steps for which U stays; 0: every direction has its own; null: for ever."""
     refresh_right: int | None = 50
     """Steps for which V stays; 0: every direction has its own; null: for ever."""
-    seed: int = 0
-    """Decides the factors that several steps share."""
+    seed: int | None = None
+    """Decides the factors that several steps share; null: the run's seed does, or 0 where there is no run."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -71,6 +71,9 @@ class LowRank(Sampler):
     @property
     def same_at_every_step(self) -> bool:
         return not self.refresh_left and not self.refresh_right
+
+    def seeded(self, seed: int) -> LowRank:
+        return self if self.seed is not None else replace(self, seed=seed)
 
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
         return _LowRankDirections(self, Layout(table))
@@ -121,7 +124,7 @@ class _LowRankDirections(Directions):
         period = self._config.refresh_left if factor == _LEFT else self._config.refresh_right
         if period == 0:
             return derive_seed(seed, factor, info.start)
-        return derive_seed(self._config.seed, factor, 0 if period is None else number // period, info.start)
+        return derive_seed(self._config.seed or 0, factor, 0 if period is None else number // period, info.start)
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,8 @@ class Subset(Sampler):
     """Which blocks are active: a random share of them, or one after another."""
     fraction: float = 0.25
     """The share of the blocks that is active, rounded up; for ``random`` only."""
-    seed: int = 0
-    """Decides which blocks are drawn."""
+    seed: int | None = None
+    """Decides which blocks are drawn; null: the run's seed does, or 0 where there is no run."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
@@ -156,6 +159,9 @@ class Subset(Sampler):
             re.compile(self.blocks)
         except re.error as error:
             raise ValueError(f"Subset(blocks={self.blocks!r}) is no regular expression: {error}") from error
+
+    def seeded(self, seed: int) -> Subset:
+        return replace(self, sampler=self.sampler.seeded(seed), seed=seed if self.seed is None else self.seed)
 
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
         return _SubsetDirections(self, table)
@@ -193,7 +199,7 @@ class _SubsetDirections(Directions):
             raise ValueError(f"Subset(blocks={self._config.blocks!r}) is found in the name of no trainable parameter")
         if self._config.order == "cyclic":
             return {None, self._blocks[number % len(self._blocks)]}
-        lots = {block: derive_seed(self._config.seed, _BLOCKS, number, i) for i, block in enumerate(self._blocks)}
+        lots = {block: derive_seed(self._config.seed or 0, _BLOCKS, number, i) for i, block in enumerate(self._blocks)}
         return {None, *sorted(lots, key=lots.__getitem__)[: math.ceil(self._config.fraction * len(lots))]}
 
 

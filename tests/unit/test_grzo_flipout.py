@@ -54,7 +54,7 @@ def test_rows_are_those_of_the_whole(name: str):
 def test_it_is_a_shared_draw_times_signs(name: str):
     """Against U and the signs written out; signs have rank one in a matrix, and U is the inner sampler's."""
     config, number = SAMPLERS[name], 7
-    inner = config.sampler.bind(TABLE).fill(torch.empty(NUMEL), derive_seed(config.seed, 0, number), 0, number)
+    inner = config.sampler.bind(TABLE).fill(torch.empty(NUMEL), derive_seed(config.seed or 0, 0, number), 0, number)
     first = 0
     for info in TABLE:
         rows = info.numel if len(info.shape) < 2 else info.shape[0]

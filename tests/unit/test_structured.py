@@ -55,7 +55,7 @@ def test_against_materialised_factors(name: str):
     def key(factor: int, period: int | None, start: int) -> int:
         if period == 0:
             return derive_seed(seed, factor, start)
-        return derive_seed(config.seed, factor, 0 if period is None else number // period, start)
+        return derive_seed(config.seed or 0, factor, 0 if period is None else number // period, start)
 
     for info in TABLE:
         found = of(info.name, direction).double()
