@@ -1,12 +1,14 @@
 """What one MeZO step costs beside two plain forwards, and how much memory it takes.
 
     python benchmarks/step_cost.py [--shapes 8x128 4x64] [--rounds 7] [--model opt-125m] [--new-tokens 0]
+    python benchmarks/step_cost.py --only-memory
 
 Time: two plain forwards, our step with each evaluator, and a plain-torch copy of the published step (four passes of
 ``torch.normal`` and out-of-place additions), on the same model and batch, interleaved in one process; the best of the
-rounds counts, and ratios to the two forwards are what to read. With ``--new-tokens`` a forward is a greedy completion
-of so many tokens, the work of a reward objective. Memory: each in a process of its own, peak resident (CPU) or
-allocated (CUDA) bytes. The weights are random: neither time nor memory depends on them.
+rounds counts, and ratios to the two forwards are what to read. "Leaf scratch" is as a run on one device has it, both
+probes of a pair in lockstep; "a probe at a time" is without. With ``--new-tokens`` a forward is a greedy completion of
+so many tokens, the work of a reward objective. Memory: each in a process of its own, peak resident (CPU) or allocated
+(CUDA) bytes. The weights are random: neither time nor memory depends on them.
 """
 
 import argparse
@@ -34,7 +36,7 @@ MODELS = {
     "opt-1.3b": {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
                  "num_attention_heads": 32},
 }  # fmt: skip
-KINDS = ("two forwards", "ours, leaf scratch", "ours, copy", "published step")
+KINDS = ("two forwards", "ours, leaf scratch", "ours, a probe at a time", "ours, copy", "published step")
 GENERATION_KINDS = ("two forwards", "ours, copy", "published step")  # leaf scratch would perturb once a token
 
 
@@ -101,14 +103,15 @@ def published_step(model: PreTrainedModel, loss: Callable[[], Tensor], seed: int
 
 
 def make_steps(model: PreTrainedModel, loss: Callable[[], Tensor]) -> dict[str, Callable[[int], None]]:
-    """The four things to compare, each a function of a seed."""
+    """The things to compare, each a function of a seed."""
     evaluators: dict[str, tuple[MeZO, Evaluator]] = {}
 
     def ours(kind: str, seed: int) -> None:
         if kind not in evaluators:  # made when first used, so that a memory run holds only what it needs
             optimizer = MeZO(model.named_parameters(), lr=LR, sampler=Gaussian())
-            make = {"leaf scratch": lambda: LeafScratch(model, optimizer.space), "copy": lambda: Copy(optimizer.space)}
-            evaluators[kind] = (optimizer, make[kind]())
+            space, lockstep = optimizer.space, kind == "leaf scratch"
+            made = Copy(space) if kind == "copy" else LeafScratch(model, space, lockstep=lockstep)
+            evaluators[kind] = (optimizer, made)
         optimizer, evaluator = evaluators[kind]
         optimizer.step(estimate=CentralDifference(EPSILON).estimate(evaluator(loss), seed=seed))
 
@@ -120,6 +123,7 @@ def make_steps(model: PreTrainedModel, loss: Callable[[], Tensor]) -> dict[str, 
     steps = (
         forwards,
         lambda seed: ours("leaf scratch", seed),
+        lambda seed: ours("a probe at a time", seed),
         lambda seed: ours("copy", seed),
         lambda seed: published_step(model, loss, seed),
     )
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=0, help="complete so many tokens instead of one forward")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only-memory", action="store_true", help="take no times: a busy machine would distort them")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     shapes = {shape: tuple(map(int, shape.split("x"))) for shape in args.shapes}
@@ -198,17 +203,21 @@ def main() -> None:
         return
     print_heading(f"Cost of one step, {args.model} shape, {str(args.dtype).removeprefix('torch.')}", args.device)
     for shape, (batch, tokens) in shapes.items():
-        times, peaks = measure_times(args, batch, tokens), measure_memory(args, shape)
+        times = {} if args.only_memory else measure_times(args, batch, tokens)
         completed = f", {args.new_tokens} tokens completed" if args.new_tokens else ""
         print(f"## batch {batch} x {tokens} tokens{completed}\n")
-        print("| | ms | times two forwards | peak MB | times one forward |\n|---|--:|--:|--:|--:|")
-        for kind in kinds(args):
-            memory = peaks.get(kind, peaks["one forward"])
-            print(
-                f"| {kind} | {times[kind] * 1e3:.0f} | {times[kind] / times[KINDS[0]]:.2f} "
-                f"| {memory / 2**20:.0f} | {memory / peaks['one forward']:.2f} |"
-            )
-        print()
+        print_table(times, measure_memory(args, shape))
+
+
+def print_table(times: dict[str, float], peaks: dict[str, float]) -> None:
+    """A line for each kind: its time beside two forwards, and its memory beside one."""
+    forward = peaks.pop("one forward")
+    print("| | " + ("ms | times two forwards | " if times else "") + "peak MB | times one forward |")
+    print("|---|--:|--:|" + ("--:|--:|" if times else ""))
+    for kind, peak in ({KINDS[0]: forward} | peaks).items():
+        line = f"| {times[kind] * 1e3:.0f} | {times[kind] / times[KINDS[0]]:.2f} " if times else ""
+        print(f"| {kind} {line}| {peak / 2**20:.0f} | {peak / forward:.2f} |")
+    print()
 
 
 if __name__ == "__main__":

@@ -154,7 +154,9 @@ def test_the_quickstart_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["quickstart-lora", "quickstart-prefix", "quickstart-4bit", "quickstart-qzo"])
+@pytest.mark.parametrize(
+    "overlay", ["quickstart-lora", "quickstart-prefix", "quickstart-4bit", "quickstart-qzo", "quickstart-qzo-8bit"]
+)
 def test_the_quickstart_runs_in_other_parameter_spaces(
     overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
