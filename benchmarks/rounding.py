@@ -55,7 +55,7 @@ def measure(dtype: torch.dtype, rounding: RoundingName, *, count: int, steps: in
     before, intended = stored_values(space), torch.zeros(count, dtype=torch.float64)
     for step in range(steps):
         seed = derive_seed(1, step)
-        space.apply([Step(((seed, (size,)),), (1.0,), step)])
+        space.apply([Step(((seed, (size,)),), (0.0,), step)])
         intended += size * Gaussian().fill(torch.empty(count), seed, 0)
     return compare(stored_values(space) - before, intended, rms)
 

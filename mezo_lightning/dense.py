@@ -27,7 +27,7 @@ class Dense(Update):
 
     It goes with any sampler, for no direction is made a second time. Where a direction is 0, as with ``Sparse`` and
     ``Subset``, the gradient is 0, but the moments of earlier steps still move the weight: as in torch, where a masked
-    gradient does not stop momentum. A trajectory that begins in the middle of a run begins with moments of zero.
+    gradient does not stop momentum.
     """
 
     @property

@@ -48,6 +48,10 @@ class Flipout(Sampler):
             "another estimator",
         )
 
+    @property
+    def unit_variance(self) -> bool:
+        return self.sampler.unit_variance
+
     def seeded(self, seed: int) -> Flipout:
         return replace(self, sampler=self.sampler.seeded(seed), seed=seed if self.seed is None else self.seed)
 

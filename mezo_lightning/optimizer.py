@@ -33,7 +33,7 @@ Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str
 class MeZO(torch.optim.Optimizer):
     """Gradient descent along seeded directions (MeZO, Malladi et al., 2023, arXiv 2305.17333, algorithm 1).
 
-    ``theta <- (1 - lr * weight_decay) * theta - lr * scale * sum_i projected_grads[i] * z(seeds[i])``
+    ``theta <- theta - lr * weight_decay * theta - lr * scale * sum_i projected_grads[i] * z(seeds[i])``
 
     Nothing is stored per weight, except what ``rounding``, ``update`` and ``decay_towards`` may need. The coefficients
     are rounded to 12 significant bits; see ``steps.py`` for what that buys. Deviations from the published code: weight
@@ -44,7 +44,8 @@ class MeZO(torch.optim.Optimizer):
             out. Their order fixes the positions of the directions.
         lr: Learning rate; a group may have its own.
         weight_decay: Decoupled weight decay of matrices and embeddings; parameters with fewer than two dimensions
-            (biases, norms) are not decayed, unless they are in a group with a ``weight_decay`` of its own.
+            (biases, norms) are not decayed, unless they are in a group with a ``weight_decay`` of its own. It is added
+            up with the step along directions before that is rounded, so that it arrives on average, however small.
         sampler: The distribution of directions; None for ``Gaussian()``.
         rounding: How updates get into 16-bit weights: ``stochastic``, ``compensated`` or ``master``; fp32 weights need
             none of them.
@@ -122,9 +123,11 @@ class MeZO(torch.optim.Optimizer):
             recorded: In its place, a step that the trajectory has already: it is made again.
 
         Raises:
-            ValueError: If there is neither, or a recorded step with an ``update``, which has to see estimates.
+            ValueError: If there is neither, or a recorded step with an ``update``, which has to see estimates; or if a
+                trajectory begins in the middle of a run that keeps something beside the weights.
         """
         result = closure() if closure is not None else None
+        self._check_beginning()
         if recorded is None:
             if estimate is None:
                 raise ValueError("MeZO.step needs estimate=..., made by an estimator; there are no gradients to read")
@@ -154,7 +157,13 @@ class MeZO(torch.optim.Optimizer):
 
     @property
     def update_rms(self) -> float | None:
-        """The root mean square change of a weight in the last step, see ``Step.rms``."""
+        """The root mean square change of a weight in the last step, weight decay left out: see ``Step.rms``.
+
+        None where it does not follow from coefficients: with dense moments, and where directions leave out weights or
+        have scales.
+        """
+        if not self.space.sampler.unit_variance:
+            return None
         numels = [
             sum(info.numel for info in self.space.table if info.group == k) for k in range(len(self.param_groups))
         ]
@@ -198,7 +207,7 @@ class MeZO(torch.optim.Optimizer):
                 (seed, tuple(round_coefficient(factor * estimate.scale * g) for factor in factors))
                 for seed, g in estimate.terms
             ),
-            tuple(round_fp32(1.0 - lr * decay) for lr, decay in zip(rates, decays, strict=True)),
+            tuple(round_fp32(lr * decay) for lr, decay in zip(rates, decays, strict=True)),
             number,
             self.decay_towards,
             rule,
@@ -225,16 +234,28 @@ class MeZO(torch.optim.Optimizer):
 
     def _check_beside(self) -> None:
         """Refuse two settings that keep something beside the weights: there is one place for it in checkpoints."""
-        keeping = {"decay_towards='start'": "decay_towards='zero'"} if self.decay_towards == "start" else {}
-        if self.space.rule is not None:
-            keeping[f"update={self.update}"] = "an update without dense moments (Momentum, ScalarAdam)"
-        if any(store.state is not None for store in self.space.stores):
-            keeping[f"rounding={self.space.rounding!r}"] = "rounding='stochastic'"
+        keeping = self._keeping()
         if len(keeping) > 1:
             raise ValueError(
                 f"{' and '.join(keeping)} both keep something beside the weights, and only one may: use "
                 f"{', or '.join(reversed(keeping.values()))}"
             )
+
+    def _check_beginning(self) -> None:
+        if self._steps and self.trajectory is not None and not len(self.trajectory) and (keeping := self._keeping()):
+            raise ValueError(
+                f"the trajectory would begin after {self._steps} steps, and could not be replayed without what "
+                f"{', '.join(keeping)} keeps beside the weights: have it before the first step"
+            )
+
+    def _keeping(self) -> dict[str, str]:
+        """The settings that keep something beside the weights, and what to use in their place."""
+        keeping = {"decay_towards='start'": "decay_towards='zero'"} if self.decay_towards == "start" else {}
+        if self.space.rule is not None:
+            keeping[f"update={self.update}"] = "an update without dense moments (Momentum, ScalarAdam)"
+        if any(store.state is not None for store in self.space.stores):
+            keeping[f"rounding={self.space.rounding!r}"] = "rounding='stochastic'"
+        return keeping
 
     def _number(self) -> int:
         # A trajectory counts by itself: it may have been begun in the middle of a run.

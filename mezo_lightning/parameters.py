@@ -278,13 +278,7 @@ class ParameterSpace:
         for piece in chunk.pieces:
             weights = self.slices[piece.slice].weights[piece.begin : piece.end]
             self.stores[piece.slice].read(weights, piece.begin, values[piece.span])
-        moved = values
-        if step.decay_towards == "start":
-            moved = self._pull(step, chunk, values)
-        else:
-            for group, span in chunk.spans():
-                if step.decays[group] != 1.0:
-                    values[span].mul_(step.decays[group])
+        moved = self._pull(step, chunk, values) if any(step.decays) else values
         total = moved if step.rule is None else torch.zeros_like(values)
         for seed, coefficients in step.terms:
             if not any(coefficients):
@@ -307,19 +301,21 @@ class ParameterSpace:
             self.stores[piece.slice].write(weights, piece.begin, values[piece.span], lanes[piece.span])
 
     def _pull(self, step: Step, chunk: Chunk, values: Tensor) -> Tensor:
-        """By how much decay moves ``values`` towards the start; it is added to them together with the terms.
+        """By how much decay moves ``values``; it is added to them together with the terms.
 
         By itself it is often less than half of a weight's last bit, and would be lost at every step.
         """
-        assert self.start is not None
         moves = torch.empty_like(values)
         for piece in chunk.pieces:
-            rate = 1.0 - step.decays[piece.group]
-            if rate:
-                start = self.start[piece.slice][piece.begin : piece.end]
-                torch.sub(values[piece.span], start, out=moves[piece.span]).mul_(-rate)
+            out, decay = moves[piece.span], step.decays[piece.group]
+            if not decay:
+                out.fill_(-0.0)  # adding that changes no number, adding 0.0 would change -0.0
+            elif step.decay_towards == "zero":
+                torch.mul(values[piece.span], -decay, out=out)
             else:
-                moves[piece.span] = -0.0  # adding that changes no number, adding 0.0 would change -0.0
+                assert self.start is not None
+                start = self.start[piece.slice][piece.begin : piece.end]
+                torch.sub(values[piece.span], start, out=out).mul_(-decay)
         return moves
 
     @property

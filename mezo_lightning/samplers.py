@@ -227,6 +227,17 @@ class Sampler(ABC):
         return False
 
     @property
+    def unit_variance(self) -> bool:
+        """Whether every coordinate has variance 1 at every step, so that coefficients tell how far a step goes."""
+        return True
+
+    @property
+    def nearly_orthogonal(self) -> bool:
+        """Whether directions of different seeds have no factor in common, so that in many dimensions they are nearly
+        orthogonal, whatever the steps are that they belong to."""
+        return True
+
+    @property
     def looks_at_weights(self) -> bool:
         """Whether weights decide on where directions are 0; other samplers cannot be made of such a one."""
         return False

@@ -57,6 +57,14 @@ class Scaled(Sampler):
     def same_at_every_step(self) -> bool:
         return self.sampler.same_at_every_step
 
+    @property
+    def nearly_orthogonal(self) -> bool:
+        return self.sampler.nearly_orthogonal
+
+    @property
+    def unit_variance(self) -> bool:
+        return False
+
     def seeded(self, seed: int) -> Scaled:
         return replace(self, sampler=self.sampler.seeded(seed))
 

@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo, Slice
 
 
+_NO_LIMIT = torch.finfo(torch.float32).max  # infinity would be no number in JSON
+
+
 @dataclass(frozen=True)
 class Sparse(Sampler):
     """Directions that move only the small weights of every matrix (Sparse-MeZO: Liu et al., 2024, arXiv 2402.15751).
 
     ``z = m * z'`` for directions z' of another sampler, where ``m = (|theta| <= threshold)`` is made anew from the
     weights of each step, so that no mask is kept, and the threshold of a matrix is the magnitude that a fraction of its
-    weights had when the run began. Parameters of fewer than two dimensions (biases, norms) are moved as a whole. A
+    weights had when the run began. Parameters of fewer than two dimensions (biases, norms) are moved as a whole, and so
+    are matrices that are all zeros then, as LoRA's B is: none of their weights is small beside others. A
     weight that has grown past its threshold is moved no more by directions. Weight decay acts on all weights, and so do
     the moments of ``DenseMomentum`` and ``DenseAdam``: they go on moving a weight that was small at earlier steps, as
     momentum does in torch when gradients are masked.
@@ -45,7 +49,8 @@ class Sparse(Sampler):
     fraction: float = 0.25
     """The share of each matrix's weights that is small when the run begins."""
     thresholds: dict[str, float] | None = field(default=None, compare=False, repr=False)
-    """The largest magnitude that moves, by the name of each matrix; null: found from the weights, as said above."""
+    """The largest magnitude that moves, by the name of each matrix, 3.4028234663852886e38 (the largest fp32 number) where
+    all of it does; null: found from the weights, as said above."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction < 1.0:
@@ -55,6 +60,14 @@ class Sparse(Sampler):
         for name, threshold in (self.thresholds or {}).items():
             if not (math.isfinite(threshold) and threshold > 0.0):
                 raise ValueError(f"Sparse(thresholds={{{name!r}: {threshold}}}) must be a positive number")
+
+    @property
+    def nearly_orthogonal(self) -> bool:
+        return self.sampler.nearly_orthogonal
+
+    @property
+    def unit_variance(self) -> bool:
+        return False
 
     @property
     def looks_at_weights(self) -> bool:
@@ -99,7 +112,7 @@ class _SparseDirections(Directions):
 
 
 def _threshold(piece: Slice, fraction: float) -> float:
-    """The smallest magnitude of a matrix's weights that at least a fraction of them does not exceed.
+    """The smallest magnitude of a matrix's weights that at least a fraction of them does not exceed; none if all are 0.
 
     The bits of a magnitude, taken as an integer, number the floats in order. So weights are counted by their upper 16
     bits, and those that have the upper bits of the threshold by the lower ones. Counts of several processes add up.
@@ -109,9 +122,10 @@ def _threshold(piece: Slice, fraction: float) -> float:
         fraction: See above.
 
     Raises:
-        ValueError: If it would be 0, or the matrix is cut up and the other pieces are out of reach.
+        ValueError: If it would be 0 but some weights are not, or the matrix is cut up and the other pieces are out of
+            reach.
     """
-    bits, rank = 0, math.ceil(fraction * piece.info.numel)
+    bits, rank, zeros = 0, math.ceil(fraction * piece.info.numel), 0
     for shift in (16, 0):
         counts = _counts(piece, shift, bits)
         if isinstance(piece.parameter, Shard):
@@ -119,11 +133,14 @@ def _threshold(piece: Slice, fraction: float) -> float:
         up_to = counts.cumsum(0)
         place = int(torch.searchsorted(up_to, rank))
         rank -= int(up_to[place] - counts[place])
-        bits = bits << 16 | place
+        bits, zeros = bits << 16 | place, int(counts[0])
+    if not bits and zeros == piece.info.numel:
+        return _NO_LIMIT
     if not bits:
         raise ValueError(
-            f"Sparse(fraction={fraction}): so many weights of {piece.info.name!r} are 0 that they alone would be its "
-            "small ones, and none of them could move twice: freeze it, raise fraction, or use another sampler"
+            f"Sparse(fraction={fraction}): {zeros} of the {piece.info.numel} weights of {piece.info.name!r} are 0, so "
+            "that they alone would be its small ones, and none of them could move twice: raise fraction above "
+            f"{zeros / piece.info.numel:.3g}, freeze it, or use another sampler"
         )
     return torch.tensor([bits], dtype=torch.int32).view(torch.float32).item()
 

@@ -2,7 +2,7 @@
 
     Point            = theta + sum_j c_j z(s_j)                       where an objective is evaluated
     GradientEstimate = scale * sum_i g_i w_i z(s_i)                   what an estimator returns: O(q) scalars
-    Step             : theta <- decay * theta + sum_i c_i z(s_i)      what the optimizer applies, the trajectory records
+    Step             : theta <- theta - decay * theta + sum_i c_i z(s_i)      what the optimizer applies and records
 
 Coefficients are kept to 12 significant bits, as directions are: a product c * z is then exact in fp32 and a sum is
 rounded once, so that fused and unfused arithmetic, and any device, give the same bits.
@@ -91,10 +91,10 @@ class GradientEstimate:
 class Step:
     """One update of the weights, with a coefficient and a decay for each parameter group.
 
-    ``theta_k <- decays[k] * theta_k + sum_i terms[i][1][k] * z(terms[i][0])`` for the parameters of group k, in fp32,
-    in the order of the terms. A step without terms changes nothing. Where decay is towards the start, the first summand
-    is ``theta_k - (1 - decays[k]) * (theta_k - start_k)``. Where a rule keeps dense moments, the sum is the gradient
-    that it takes in, and the second summand ``-rates[k]`` times what it makes of that.
+    ``theta_k <- theta_k - decays[k] * theta_k + sum_i terms[i][1][k] * z(terms[i][0])`` for the parameters of group k,
+    in fp32, in the order of the terms. A step without terms changes nothing. Where decay is towards the start, it is
+    ``decays[k] * (theta_k - start_k)`` that is subtracted. Where a rule keeps dense moments, the sum is the gradient
+    that it takes in, and what is added is ``-rates[k]`` times what it makes of that.
     """
 
     terms: tuple[tuple[int, tuple[float, ...]], ...] = ()
@@ -129,4 +129,4 @@ class Step:
         """Whether applying the step would leave every weight and moment as it is, bit for bit."""
         if self.rule is not None:
             return not self.terms
-        return not self.terms or (all(decay == 1.0 for decay in self.decays) and not any(any(c) for _, c in self.terms))
+        return not self.terms or not (any(self.decays) or any(any(c) for _, c in self.terms))

@@ -72,6 +72,10 @@ class LowRank(Sampler):
     def same_at_every_step(self) -> bool:
         return not self.refresh_left and not self.refresh_right
 
+    @property
+    def nearly_orthogonal(self) -> bool:
+        return self.refresh_left == 0 and self.refresh_right == 0
+
     def seeded(self, seed: int) -> LowRank:
         return self if self.seed is not None else replace(self, seed=seed)
 
@@ -159,6 +163,14 @@ class Subset(Sampler):
             re.compile(self.blocks)
         except re.error as error:
             raise ValueError(f"Subset(blocks={self.blocks!r}) is no regular expression: {error}") from error
+
+    @property
+    def nearly_orthogonal(self) -> bool:
+        return self.sampler.nearly_orthogonal
+
+    @property
+    def unit_variance(self) -> bool:
+        return False
 
     def seeded(self, seed: int) -> Subset:
         return replace(self, sampler=self.sampler.seeded(seed), seed=seed if self.seed is None else self.seed)

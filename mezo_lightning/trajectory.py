@@ -39,7 +39,7 @@ from mezo_lightning.steps import DecayTowards, Step
 MAGIC = b"MEZOTRAJ"
 MOST_TERMS = (1 << 16) - 1
 """Of a step: as many as a record can count."""
-VERSION = 2
+VERSION = 3
 _PREFIX = struct.Struct("<8sHI")
 _HEAD = struct.Struct("<IHH")
 _CRC = struct.Struct("<I")

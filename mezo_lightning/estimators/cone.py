@@ -27,7 +27,8 @@ class Cone(Estimator):
 
     The optimizer remembers m, with ``update: Trail``, as coefficients of seeded directions; there is no tensor. Random
     directions in many dimensions are nearly orthogonal and have length sqrt(d), so ``|m| = sqrt(d) * sqrt(sum_i
-    c_i^2)`` but for a relative error of about 1 / sqrt(d), and nothing has to be measured.
+    c_i^2)`` but for a relative error of about 1 / sqrt(d), and nothing has to be measured. That needs directions which
+    share no factor: a ``LowRank`` that keeps one for ever (TeZO) is refused.
 
     Other than published: m has the directions of a window of steps instead of all, for each of them is made again at
     every probe (see ``Trail``), and beta is not warmed up. The window limits what there is to gain: where the gradient
@@ -54,6 +55,12 @@ class Cone(Estimator):
             raise ValueError(
                 f"estimator=Cone looks around the momentum of earlier estimates, and with update={optimizer.update} "
                 "the optimizer does not remember it: give the optimizer `update: Trail`"
+            )
+        if not (sampler := optimizer.space.sampler).nearly_orthogonal:
+            raise ValueError(
+                "estimator=Cone knows how long its momentum is because directions of different seeds are nearly "
+                f"orthogonal, and with sampler={sampler} they share a factor: give LowRank refresh_left: 0 and "
+                "refresh_right: 0, or use Gaussian or Rademacher"
             )
         return _Aimed(self.epsilon, self.angle, optimizer.update.momentum(optimizer.memory))
 

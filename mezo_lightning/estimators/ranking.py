@@ -23,10 +23,11 @@ class Ranking(Estimator):
     worse. A pair on which no sample has an opinion has no part in the mean.
 
     Comparisons come from a ``PreferenceObjective``, whose oracle is asked about every pair; with any other objective
-    the smaller value of a sample is the better one. With a single sample the weights are those of ``Population`` with
-    ``fitness: centered_rank``, and with several each of them has a ranking of its own. As published, nothing is divided
-    by epsilon: the learning rate does not depend on the scale of a reward. Deviations: the whole order counts, where an
-    (m, k) oracle tells that of the k best; it is asked for pair by pair, so that an oracle may contradict itself.
+    the smaller value of a sample is the better one. With a single sample the estimate is 4 times that of
+    ``Population`` with ``fitness: centered_rank``; of several, each has a ranking of its own. As published, nothing is
+    divided by epsilon: the learning rate does not depend on the scale of a reward. Deviations: the whole order counts,
+    where an (m, k) oracle tells that of the k best; it is asked for pair by pair, so that an oracle may contradict
+    itself.
     """
 
     epsilon: float = 1e-3
@@ -42,6 +43,13 @@ class Ranking(Estimator):
     @property
     def needs_values(self) -> bool:
         return False
+
+    @property
+    def scalar_meaning(self) -> str:
+        return (
+            "How many of a step's other points are better than the one along a direction, less how many are worse, by "
+            "the mean vote of the samples."
+        )
 
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         seeds = tuple(derive_seed(seed, query) for query in range(self.num_points))

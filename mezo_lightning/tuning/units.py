@@ -13,10 +13,8 @@ from mezo_lightning.estimators import (
     GreedyDirection,
     GuidingVector,
 )
-from mezo_lightning.flipout import Flipout
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.samplers import Gaussian, Rademacher, Sampler
-from mezo_lightning.structured import LowRank
 from mezo_lightning.transforms import Identity, Transform
 from mezo_lightning.updates import Trail
 
@@ -63,9 +61,7 @@ def units_of(optimizer: MeZO, estimator: Estimator, transform: Transform) -> Uni
         "update": (update, update is None or type(update) is Trail),  # Trail applies estimates as they are
     }
     other = tuple(f"{option}: {type(part).__name__}" for option, (part, same) in parts.items() if not same)
-    dense = sampler.sampler if isinstance(sampler, Flipout) else sampler
-    alike = isinstance(dense, Gaussian | Rademacher | LowRank)
-    return Units(repr(independent(sampler)), repr(sampler), alike, other)
+    return Units(repr(independent(sampler)), repr(sampler), sampler.unit_variance, other)
 
 
 def _has_unit_of_mezo(estimator: Estimator) -> bool:

@@ -177,7 +177,7 @@ def make_space(params: list[nn.Parameter], rounding: RoundingName) -> ParameterS
 def make_step(number: int) -> Step:
     terms = ((1000 + number, (1e-3, -2e-4, 0.0)), (2000 + number, (3e-5, 1e-3, 5e-4)))
     rounded = tuple((seed, tuple(map(round_coefficient, coefficients))) for seed, coefficients in terms)
-    return Step(rounded, (round_fp32(1 - 1e-2), 1.0, round_fp32(1 - 1e-4)), number)
+    return Step(rounded, (round_fp32(1e-2), 0.0, round_fp32(1e-4)), number)
 
 
 def assert_same_space(one: ParameterSpace, other: ParameterSpace) -> None:

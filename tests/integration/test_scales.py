@@ -112,8 +112,8 @@ def next_token_loss(model: Any) -> Tensor:
         return F.cross_entropy(model(input_ids=IDS).logits[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten())
 
 
-def test_steps_are_those_of_qzo_on_the_weights_that_the_codes_stand_for(opt: Path):
-    """The published algorithm, two-sided and clipped, on a dense model; scales move in proportion to themselves."""
+def test_steps_are_those_of_qzo_in_log_scales_on_the_weights_that_the_codes_stand_for(opt: Path):
+    """The published algorithm, two-sided and clipped, on a dense model, but for the scales: they are multiplied."""
     lr, epsilon, most = 0.05, 0.125, 1.0
     model = loaded(opt, NF4)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}

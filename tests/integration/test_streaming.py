@@ -49,7 +49,7 @@ def step(number: int) -> Step:
     """A step of two directions, with decay in one of two groups."""
     terms = ((100 + number, (1e-2, -2e-3)), (200 + number, (0.0, 3e-3)))
     rounded = tuple((seed, tuple(map(round_coefficient, coefficients))) for seed, coefficients in terms)
-    return Step(rounded, (round_fp32(0.99), 1.0), number)
+    return Step(rounded, (round_fp32(0.01), 0.0), number)
 
 
 def make_run(folder: Path, pretrained: Pretrained, dtype: torch.dtype, rounding: Any = "stochastic") -> Path:

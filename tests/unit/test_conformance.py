@@ -259,17 +259,17 @@ Along = Sequence[tuple[list[Tensor], tuple[float, ...]]]
 
 def stepped(run: Run, start: list[Tensor], before: list[Tensor], terms: Along) -> list[Tensor]:
     """The weights after a step, by the formula of ``Step``, each sum rounded once a term."""
-    result = []
+    result, towards_start = [], run.optimizer.decay_towards == "start"
+    decays = [round_fp32(float(group["lr"]) * float(group["weight_decay"])) for group in run.optimizer.param_groups]
     for at, piece in enumerate(run.optimizer.space.slices):
-        group = run.optimizer.param_groups[piece.info.group]
-        decay = round_fp32(1.0 - float(group["lr"]) * float(group["weight_decay"]))
+        decay = decays[piece.info.group]
         mine = [([z[at]], coefficients[piece.info.group]) for z, coefficients in terms]
-        if run.optimizer.decay_towards == "start":
-            pull = (before[at] - start[at]) * -(1.0 - decay) if decay != 1.0 else torch.full_like(before[at], -0.0)
-            [change] = moved([pull], mine)
-            result.append(before[at] + change)
-        else:
-            result += moved([before[at] * decay], mine)
+        if not any(decays):
+            result += moved([before[at]], mine)
+            continue
+        away = before[at] - start[at] if towards_start else before[at]
+        [change] = moved([away * -decay if decay else torch.full_like(away, -0.0)], mine)
+        result.append(before[at] + change)
     return result
 
 
@@ -288,7 +288,8 @@ def moved_by_rule(run: Run, before: list[Tensor], moments: list[Tensor], terms: 
         else:
             assert isinstance(rule, DenseMomentum)
             direction = moments[at][:, 0] * rule.beta + gradient
-        result.append(before[at] * step.decays[group] - direction * step.rates[group])
+        change = before[at] * -step.decays[group] - direction * step.rates[group]
+        result.append(before[at] + change if any(step.decays) else before[at] - direction * step.rates[group])
     return result
 
 
@@ -490,6 +491,24 @@ def test_elements_keep_12_significant_bits(name: str):
 @each_sampler
 def test_settings_survive_their_record(name: str):
     assert sampler_from_dict(sampler_as_dict(SAMPLERS[name])) == SAMPLERS[name]
+
+
+@each_sampler
+def test_the_size_of_a_step_is_told_where_coefficients_tell_it(name: str):
+    """That of a step along many directions, and over many steps, for factors and blocks are drawn anew."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [(f"layers.{i}.w", nn.Parameter(torch.randn(60, 50, generator=generator))) for i in range(2)]
+    optimizer = MeZO(layers, 2.0**-10, sampler=SAMPLERS[name])
+    moved, coefficients = [], []
+    for step in range(12):
+        before = torch.cat([tensor.detach().clone() for _, tensor in layers])
+        optimizer.step(estimate=GradientEstimate(tuple(range(8 * step, 8 * step + 8)), (1.0,) * 8))
+        moved.append(float((torch.cat([tensor.detach() for _, tensor in layers]) - before).square().mean()))
+        coefficients.append(8 * 2.0**-20)
+        told = optimizer.update_rms
+        assert told == (pytest.approx(math.sqrt(coefficients[-1])) if SAMPLERS[name].unit_variance else None)
+    as_told = sum(moved) == pytest.approx(sum(coefficients), rel=0.3)
+    assert as_told == SAMPLERS[name].unit_variance
 
 
 # -- estimates: bias and descent ---------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The flat vector: where everything lies, and that shards of it do what the whole does, bit for bit."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mezo_lightning import parameters
 from mezo_lightning.parameters import ParameterSpace, Slice
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.samplers import Gaussian, Rademacher, Sampler
-from mezo_lightning.steps import Point, Step, round_coefficient, round_fp32
+from mezo_lightning.steps import DecayTowards, Point, Step, round_coefficient, round_fp32
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDINGS: list[RoundingName] = ["stochastic", "compensated", "master"]
@@ -48,7 +50,7 @@ def step(number: int) -> Step:
         (2000 + number, (3e-5, 1e-3, 5e-4)),
     )
     rounded = tuple((seed, tuple(map(round_coefficient, coefficients))) for seed, coefficients in terms)
-    return Step(rounded, (round_fp32(1 - 1e-2), 1.0, round_fp32(1 - 1e-4)), number)
+    return Step(rounded, (round_fp32(1e-2), 0.0, round_fp32(1e-4)), number)
 
 
 POINT = Point(((11, 1e-3), (12, -3e-2)))
@@ -192,7 +194,7 @@ def test_chunks_of_a_large_vector_do_not_show(dtype: torch.dtype, rounding: Roun
 
 @pytest.mark.parametrize(("dtype", "rounding"), KINDS)
 def test_steps_at_once_equal_steps_one_by_one(dtype: torch.dtype, rounding: RoundingName):
-    steps = [step(0), Step(), step(1), Step(((3, (0.0, 0.0, 0.0)),), (1.0, 1.0, 1.0)), step(2)]
+    steps = [step(0), Step(), step(1), Step(((3, (0.0, 0.0, 0.0)),), (0.0, 0.0, 0.0)), step(2)]
     params, others = make_parameters(dtype), make_parameters(dtype)
     make_space(params, rounding).apply(steps)
     space = make_space(others, rounding)
@@ -201,18 +203,42 @@ def test_steps_at_once_equal_steps_one_by_one(dtype: torch.dtype, rounding: Roun
     assert same(flat(params), flat(others))
 
 
-def test_apply_is_decay_then_exact_sums_by_group():
+@pytest.mark.parametrize("decaying", [True, False])
+def test_apply_is_the_formula_with_exact_products_by_group(decaying: bool):
+    """Each sum is rounded once. Decay is summed with the terms; without any, the terms are added to the weights."""
     params = make_parameters(torch.float32)
     space = make_space(params, "stochastic")
-    one = step(0)
+    one = step(0) if decaying else replace(step(0), decays=(0.0,) * 3)
     group = torch.cat([torch.full((p.numel(),), g) for p, g in zip(params, GROUPS, strict=True)])
-    decays, reference = torch.tensor(one.decays)[group], flat(params).double()
-    reference = (reference * decays.double()).float().double()
+    weights, decays = flat(params).double(), torch.tensor(one.decays).double()[group]
+    reference = (-decays * weights).float().double() if decaying else weights
     for seed, coefficients in one.terms:
         direction = Gaussian().fill(torch.empty(space.numel), seed, 0).double()
         reference = (reference + torch.tensor(coefficients, dtype=torch.float64)[group] * direction).float().double()
     space.apply([one])
-    assert same(flat(params), reference.float())
+    assert same(flat(params), (weights + reference if decaying else reference).float())
+
+
+SMALL_DECAYS = [(torch.float32, decay) for decay in (1e-9, 1e-8, 3.1e-8, 1e-7, 1e-6)] + [(torch.bfloat16, 1e-4)]
+
+
+@pytest.mark.parametrize("towards", ["zero", "start"])
+@pytest.mark.parametrize(("dtype", "decay"), SMALL_DECAYS)
+def test_decay_arrives_on_average_however_small(dtype: torch.dtype, decay: float, towards: DecayTowards):
+    """A last bit of these weights is some 1e-7 of them in fp32, and 6e-3 in bf16; directions move them by more."""
+    count, size = 1 << 20, round_coefficient(3e-6)
+    weights = nn.Parameter((torch.rand(count, generator=torch.Generator().manual_seed(0)) + 1).mul(0.02).to(dtype))
+    space = ParameterSpace.of([("w", weights)], [0], Gaussian(), "stochastic")
+    if towards == "start":
+        space.start = [torch.zeros(count, dtype=dtype)]
+    before = weights.detach().double()
+    space.apply(
+        [Step(((1, (sign * size,)),), (round_fp32(decay),), number, towards) for number, sign in ((1, 1), (2, -1))]
+    )
+    change = (weights.detach().double() - before) / before
+    error = 5 * float(change.std()) / math.sqrt(count)
+    assert error < decay
+    assert float(change.mean()) == pytest.approx(-2 * decay, abs=error)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), KINDS)
@@ -222,7 +248,7 @@ def test_groups_without_a_coefficient_keep_their_bits(dtype: torch.dtype, roundi
     for parameter in params:
         parameter.data.view(-1)[::2] = -0.0
     before = [parameter.data.clone() for parameter in params]
-    make_space(params, rounding).apply([Step(((5, (0.0, round_coefficient(1e-2), 0.0)),), (1.0, 1.0, 1.0))])
+    make_space(params, rounding).apply([Step(((5, (0.0, round_coefficient(1e-2), 0.0)),), (0.0, 0.0, 0.0))])
     for parameter, old, group in zip(params, before, GROUPS, strict=True):
         assert same(parameter.data.view(-1), old.view(-1)) == (group != 1 or parameter.numel() == 0)
 
@@ -232,7 +258,7 @@ def test_several_steps_round_with_unrelated_lanes():
     params = [nn.Parameter(torch.full((100_000,), 1.0, dtype=torch.bfloat16))]
     space = make_space(params, "stochastic", Rademacher(), groups=[0])
     size = round_coefficient(2.0**-13)  # 1/64 of the spacing above 1, 1/32 of that below
-    space.apply([Step(((seed, (size,)),), (1.0,), seed) for seed in range(16)])
+    space.apply([Step(((seed, (size,)),), (0.0,), seed) for seed in range(16)])
     moved = torch.stack([Rademacher().fill(torch.empty(100_000), seed, 0) for seed in range(16)]).sum(0) * size
     drift = (params[0].data.double() - 1.0 - moved).mean()
     assert abs(drift) < 5 * (16 * 2.0**-7 * 2.0**-13 / 100_000) ** 0.5

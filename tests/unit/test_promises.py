@@ -128,6 +128,6 @@ def test_working_weights_follow_the_stored_value(rounding: RoundingName):
     before, size = weights.data.double(), round_coefficient(1e-6)
     space = ParameterSpace.of([("w", weights)], [0], Gaussian(), rounding)
     z = Gaussian().fill(torch.empty(1 << 14), 7, 0).double()
-    space.apply([Step(((7, (size,)),), (1.0,), n) for n in range(1000)])
+    space.apply([Step(((7, (size,)),), (0.0,), n) for n in range(1000)])
     moved = weights.data.double() - before
     assert float(moved @ z / (z @ z)) / (1000 * size) == pytest.approx(1.0, abs=0.02)

@@ -61,7 +61,7 @@ def test_the_steps_are_those_of_zo_ranksgd():
         expected = x.detach().clone()
 
 
-def test_with_a_single_sample_the_weights_are_those_of_centred_ranks():
+def test_with_a_single_sample_it_is_four_times_the_estimate_of_centred_ranks():
     values = torch.tensor([[3.0], [1.0], [2.0], [2.0], [7.0]], dtype=torch.float64)
 
     def evaluate(points: Sequence[Point]) -> Evaluation:
@@ -70,7 +70,8 @@ def test_with_a_single_sample_the_weights_are_those_of_centred_ranks():
     population = Population(0.5, len(values), fitness="centered_rank").estimate(evaluate, seed=3)
     ranking = ranked(values)
     assert ranking.seeds == population.seeds
-    assert ranking.projected_grads == pytest.approx([2 * (len(values) - 1) * w for w in population.projected_grads])
+    expected = [4 * population.scale * w for w in population.projected_grads]
+    assert [ranking.scale * g for g in ranking.projected_grads] == pytest.approx(expected)
     assert ranking.projected_grads == (2.0, -4.0, -1.0, -1.0, 4.0)
 
 

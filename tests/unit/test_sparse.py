@@ -1,6 +1,7 @@
 """Directions that move small weights alone: against Sparse-MeZO in plain torch, in files, on pieces, and refused."""
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.parameters import ParameterSpace, Slice
 from mezo_lightning.rounding import RoundingName
+from mezo_lightning.sampler_records import sampler_from_dict
 from mezo_lightning.samplers import Gaussian, Sampler, derive_seed
 from mezo_lightning.scaled import Scaled
 from mezo_lightning.shards import Shard
@@ -96,6 +98,27 @@ def test_thresholds_are_exact_order_statistics(dtype: torch.dtype, fraction: flo
     assert not found
 
 
+def test_a_matrix_of_zeros_is_moved_as_a_whole(tmp_path: Path):
+    """As LoRA's B is at the start; also where its weights have grown, and by a record that any parser can read."""
+    b = torch.zeros(6, 5)
+    b[0, 0] = -0.0
+    named = [("a", nn.Parameter(torch.randn(5, 6, generator=torch.Generator().manual_seed(0)))), ("b", nn.Parameter(b))]
+    optimizer = MeZO(named, 1.0, sampler=Sparse(fraction=0.5))
+    assert thresholds_of(optimizer)["b"] == torch.finfo(torch.float32).max
+    for seed in range(2):
+        before = [parameter.detach().clone() for _, parameter in named]
+        optimizer.step(estimate=GradientEstimate((seed,), (100.0,)))
+        moved = [int((now != then).sum()) for (_, now), then in zip(named, before, strict=True)]
+        assert moved[0] <= 15
+        assert moved[1] == 30
+    Trajectory.create(tmp_path / "log", Header.of(optimizer.space)).close()
+    with Trajectory.open(tmp_path / "log") as log:
+        text = json.dumps(log.header.sampler, allow_nan=False)
+        again = sampler_from_dict(json.loads(text))
+    assert isinstance(again, Sparse)
+    assert again.thresholds == thresholds_of(optimizer)
+
+
 # -- the published algorithm -------------------------------------------------------------------------------------------
 
 
@@ -147,11 +170,11 @@ def test_in_16_bits_the_weights_that_are_probed_are_those_that_change(rounding: 
     for seed in range(6):
         model = make_model(torch.bfloat16)
         space = MeZO(model.named_parameters(), sampler=Sparse(fraction=0.5), rounding=rounding).space
-        space.apply([Step(((seed, (2.0**-12,)),), (1.0,))])
+        space.apply([Step(((seed, (2.0**-12,)),), (0.0,))])
         before = space.save()
         [there] = [space.save() for _ in Copy(space).visit([Point(((99, 64.0),))])]
         probed = [now != then for now, then in zip(there, before, strict=True)]
-        space.apply([Step(((99, (64.0,)),), (1.0,), 1)])
+        space.apply([Step(((99, (64.0,)),), (0.0,), 1)])
         changed = [now != then for now, then in zip(space.save(), before, strict=True)]
         assert all(torch.equal(one, other) for one, other in zip(probed, changed, strict=True))
         assert 0 < sum(int(some.sum()) for some in changed) < space.numel
@@ -255,7 +278,7 @@ def test_bad_settings(make: Any, message: str):
 @pytest.mark.parametrize(
     ("parameter", "arguments", "message"),
     [
-        (torch.eye(4), {"sampler": Sparse()}, r"so many weights of 'w' are 0 .* freeze it, raise fraction"),
+        (torch.eye(4), {"sampler": Sparse()}, r"12 of the 16 weights of 'w' are 0, .* raise fraction above 0.75, freeze"),
         (torch.ones(4, 4), {"sampler": Sparse(), "update": Momentum()}, "a seed gives other ones by then"),
         (torch.ones(4, 4), {"sampler": Sparse(thresholds={"v": 1.0})}, r"has no threshold for 'w'"),
         (PIECE, {"sampler": Sparse()}, "Sparse has to count all weights of 'w'"),

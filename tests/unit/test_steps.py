@@ -61,10 +61,10 @@ def test_an_estimate_has_a_projected_grad_for_every_seed():
     ("step", "nothing"),
     [
         (Step(), True),
-        (Step(((1, (0.0, 0.0)),), (1.0, 1.0)), True),
-        (Step(((1, (0.0, 0.0)),), (1.0, 0.5)), False),
-        (Step(((1, (0.0, 0.25)),), (1.0, 1.0)), False),
-        (Step(((1, (0.0,)), (2, (0.25,))), (1.0,)), False),
+        (Step(((1, (0.0, 0.0)),), (0.0, 0.0)), True),
+        (Step(((1, (0.0, 0.0)),), (0.0, 0.5)), False),
+        (Step(((1, (0.0, 0.25)),), (0.0, 0.0)), False),
+        (Step(((1, (0.0,)), (2, (0.25,))), (0.0,)), False),
     ],
 )
 def test_a_step_knows_whether_it_changes_anything(step: Step, nothing: bool):

@@ -378,9 +378,9 @@ def test_a_cut_header_is_refused(tmp_path: Path):
         cut.write_bytes(header[:end])
         with pytest.raises(ValueError, match=r"is not a trajectory|header of .* is damaged"):
             Trajectory.open(cut)
-    newer = struct.pack("<8sHI", b"MEZOTRAJ", 3, 0)
+    newer = struct.pack("<8sHI", b"MEZOTRAJ", 4, 0)
     cut.write_bytes(newer)
-    with pytest.raises(ValueError, match="has format version 3; this program reads version 2"):
+    with pytest.raises(ValueError, match="has format version 4; this program reads version 3"):
         Trajectory.open(cut)
 
 
@@ -389,8 +389,8 @@ def test_opening_a_long_log_is_linear(tmp_path: Path):
     optimizer = MeZO([nn.Parameter(torch.zeros(3))])
     with closing(Trajectory.create(tmp_path / "t", Header.of(optimizer.space))) as trajectory:
         for number in range(50_000):
-            trajectory.append(Step(((number, (0.5,)),), (1.0,)))
+            trajectory.append(Step(((number, (0.5,)),), (0.0,)))
     with closing(Trajectory.open(tmp_path / "t")) as trajectory:
         assert len(trajectory) == 50_000
-        assert trajectory[-1] == Step(((49_999, (0.5,)),), (1.0,))
+        assert trajectory[-1] == Step(((49_999, (0.5,)),), (0.0,))
     assert os.path.getsize(tmp_path / "t") < 50_000 * 32 + 1000

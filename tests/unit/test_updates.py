@@ -316,8 +316,8 @@ def test_shards_and_steps_one_by_one_give_the_same_bytes(tmp_path: Path, options
         assert same_bytes(other, model)
 
 
-@pytest.mark.parametrize("options", [ANCHORED, DENSE], ids=["anchored", "dense"])
-def test_a_log_that_begins_in_the_middle_of_a_run_has_its_start_there(tmp_path: Path, options: dict[str, Any]):
+@pytest.mark.parametrize("options", [{}, {"update": Momentum(0.5, 2)}, {"update": ScalarAdam()}], ids=str)
+def test_a_log_may_begin_in_the_middle_of_a_run(tmp_path: Path, options: dict[str, Any]):
     model, given = make_model(), list(estimates(8))
     optimizer = run(model, given[:4], **options)
     middle = {name: value.clone() for name, value in model.state_dict().items()}
@@ -329,6 +329,27 @@ def test_a_log_that_begins_in_the_middle_of_a_run_has_its_start_there(tmp_path: 
     with closing(Trajectory.open(tmp_path / "t")) as trajectory:
         replay(other, trajectory)
     assert same_bytes(other, model)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "words"),
+    [
+        (ANCHORED, torch.float32, "decay_towards='start' keeps"),
+        (DENSE, torch.float32, "update=Dense.* keeps"),
+        ({"rounding": "compensated"}, torch.bfloat16, "rounding='compensated' keeps"),
+    ],
+)
+def test_but_not_where_something_is_kept_beside_the_weights(
+    tmp_path: Path, options: dict[str, Any], dtype: torch.dtype, words: str
+):
+    model, given = make_model().to(dtype), list(estimates(3))
+    optimizer = run(model, given[:2], **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with closing(Trajectory.create(tmp_path / "t", Header.of(optimizer.space))) as optimizer.trajectory:
+        with pytest.raises(ValueError, match=rf"begin after 2 steps, .* without what {words} beside the weights"):
+            optimizer.step(estimate=given[2])
+        assert not len(optimizer.trajectory)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_the_header_says_what_steps_do_not_and_others_are_as_they_were():
@@ -444,7 +465,7 @@ def test_a_recorded_step_cannot_be_repeated_by_a_rule_that_has_to_see_estimates(
     model = make_model()
     optimizer = MeZO(model.named_parameters(), update=Momentum())
     with pytest.raises(ValueError, match=r"cannot repeat them, .*: resume with model.rewind=true"):
-        optimizer.step(recorded=Step(((1, (0.5,)),), (1.0,)))
+        optimizer.step(recorded=Step(((1, (0.5,)),), (0.0,)))
     assert same_bytes(model, make_model())
 
 
@@ -453,6 +474,6 @@ def test_a_later_step_without_the_start_or_moments_is_refused():
     with pytest.raises(
         ValueError, match=r"step 7 goes on with the moments of DenseMomentum\(beta=0.9\), which are not"
     ):
-        space.apply([Step(((1, (0.5,)),), (1.0,), 7, rule=DenseMomentum(), rates=(0.1,))])
+        space.apply([Step(((1, (0.5,)),), (0.0,), 7, rule=DenseMomentum(), rates=(0.1,))])
     with pytest.raises(ValueError, match="step 7 decays towards the weights that the run started from"):
-        space.apply([Step(((1, (0.5,)),), (0.9,), 7, "start")])
+        space.apply([Step(((1, (0.5,)),), (0.1,), 7, "start")])
