@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= $(shell nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# What Python compiles is kept: each of the tests' processes would compile all of it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test unit lint format smollm2 clean
 
 setup: $(VENV)/ready

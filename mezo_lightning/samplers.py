@@ -17,6 +17,7 @@ All of it is integer arithmetic and table look-up in plain torch: no compiler is
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import sys
 import threading
@@ -233,8 +234,10 @@ class Sampler(ABC):
 
     @property
     def nearly_orthogonal(self) -> bool:
-        """Whether directions of different seeds have no factor in common, so that in many dimensions they are nearly
-        orthogonal, whatever the steps are that they belong to."""
+        """Whether directions of different seeds are nearly orthogonal, given many elements.
+
+        They are not where they have a factor in common.
+        """
         return True
 
     @property
@@ -345,7 +348,7 @@ def _quantiles(device: torch.device) -> Tensor:
         mantissa, exponent = torch.frexp(half)
         half = torch.ldexp((mantissa * 2**SIGNIFICANT_BITS).round(), exponent - SIGNIFICANT_BITS).to(torch.float32)
         table = torch.cat([-half.flip(0), half])
-    digest = hashlib.sha256(bytes(table.view(torch.uint8).tolist())).hexdigest()
+    digest = hashlib.sha256(ctypes.string_at(table.data_ptr(), table.nbytes)).hexdigest()
     if digest != _QUANTILES_SHA256:
         raise RuntimeError(
             f"the table of normal quantiles came out as {digest}, not {_QUANTILES_SHA256}: directions would differ "

@@ -1,26 +1,27 @@
-"""Fixtures that any test may use: tiny random models and a tiny tokenizer, made here, nothing downloaded."""
+"""Fixtures that any test may use: tiny random models and a tiny tokenizer, made here, nothing downloaded.
 
+What is large is imported where it is used: xdist's first process, which runs no test, reads this file as well, and its
+workers start only then.
+"""
+
+from __future__ import annotations
+
+import gc
 import signal
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
-from mezo_lightning.data.batch import Batch
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-torch.set_num_threads(1)
+    from mezo_lightning.data.batch import Batch
+
+# Imports and collected tests are a million objects that live until the end: looking for garbage among them took a fifth
+# of the time before the first test.
+gc.disable()
 # A shell starts what runs in its background with Ctrl-C ignored, and tests would wait for it in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -30,6 +31,21 @@ CORPUS = [
     "Story: Ella came from the old mill by the river.\nQuestion: Where did Ella come from?\nAnswer: the old mill\n",
     "A great film. It was great. A terrible film. It was terrible.\n\n",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run, they run on one thread; xdist's first process hands them on to its workers."""
+    if config.getoption("dist", "no") == "no":
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """From here on garbage is looked for again, among what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +59,8 @@ def ctrl_c_is_left_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer_file() -> Tokenizer:
     """Byte-level BPE of 320 entries that puts <s> in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,16 +76,21 @@ def tokenizer_file() -> Tokenizer:
 @pytest.fixture
 def tokenizer(tokenizer_file: Tokenizer) -> PreTrainedTokenizerBase:
     """The tiny tokenizer as transformers sees it, set up as `Pretrained.load_tokenizer` does."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_file, bos_token="<s>", pad_token="<pad>", eos_token="</s>", padding_side="left"
     )
 
 
-ModelFactory = Callable[..., PreTrainedModel]
+ModelFactory = Callable[..., "PreTrainedModel"]
 
 
 def tiny_model(kind: str, *, seed: int = 0, context: int = 96, vocabulary: int = 320) -> PreTrainedModel:
     """A random model of two layers; its weights are large enough to make it write different things."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
     shared = {"vocab_size": vocabulary, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     shared |= {"initializer_range" if kind != "opt" else "init_std": 0.2}
     with torch.random.fork_rng(devices=[]):
@@ -104,6 +127,8 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 def small_batch(**parts) -> Batch:
     """Four rows with targets and options of unequal lengths; any part, or further columns, may be given."""
+    from mezo_lightning.data.batch import Batch
+
     rows: dict = {
         "prompts": (
             "Story: Finn found a red ball in the garden.\nQuestion: What did Finn find?\nAnswer:",

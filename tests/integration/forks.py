@@ -20,14 +20,13 @@ from typing import Any
 
 PATIENCE = 500
 """Seconds for a process, or a whole job, to end; one that hangs fails its test."""
-PRELOADED = ["deepspeed", "helpers", "mezo_lightning.cli", "pytest", "transformers.models.opt.modeling_opt"]
 
 
 @functools.cache
 def server() -> Any:
     """Where processes come from; it is started by the first one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["preloaded"])
     # It finds modules where we do, and what is read on import is right for every rank.
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     before = dict(os.environ)
