@@ -28,7 +28,7 @@ from mezo_lightning.leaf_scratch import LeafScratch
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.rowwise.evaluator import Rowwise
 from mezo_lightning.samplers import Gaussian, Rademacher, derive_seed
-from mezo_lightning.scaled import Scaled
+from mezo_lightning.scaled import Scaled, ScaledByNorm
 from mezo_lightning.sparse import Sparse
 from mezo_lightning.steps import GradientEstimate, Point, Step
 from mezo_lightning.structured import LowRank, Subset
@@ -100,6 +100,7 @@ __all__ = [
     "Samples",
     "ScalarAdam",
     "Scaled",
+    "ScaledByNorm",
     "Sign",
     "Sparse",
     "Standardize",

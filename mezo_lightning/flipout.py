@@ -18,7 +18,7 @@ from mezo_lightning.layout import Layout
 from mezo_lightning.samplers import Directions, Gaussian, Rademacher, Sampler, check_inner, chunk_numel, derive_seed
 
 if TYPE_CHECKING:
-    from mezo_lightning.parameters import ParameterInfo
+    from mezo_lightning.parameters import ParameterInfo, Slice
 
 _SHARED = 0  # what a step's key is for
 _Some = Callable[[slice], Tensor]
@@ -54,6 +54,9 @@ class Flipout(Sampler):
 
     def seeded(self, seed: int) -> Flipout:
         return replace(self, sampler=self.sampler.seeded(seed), seed=seed if self.seed is None else self.seed)
+
+    def settled(self, slices: Sequence[Slice], table: Sequence[ParameterInfo]) -> Flipout:
+        return replace(self, sampler=self.sampler.settled(slices, table))
 
     def bind(self, table: Sequence[ParameterInfo]) -> FlipoutDirections:
         return FlipoutDirections(self, table)

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo
+
+
+BLOCKS = r"\b(?:layers?|blocks?|h)\.\d+"
+"""Finds the block that a parameter of a usual model belongs to, in its name."""
+
+
+def check_pattern(what: str, pattern: str) -> None:
+    """Refuse what is no regular expression.
+
+    Args:
+        what: The sampler and option that it is for.
+        pattern: What that was set to.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}: {pattern!r} is no regular expression: {error}") from error
 
 
 class Layout:

@@ -8,12 +8,12 @@ from typing import Any
 
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.samplers import Gaussian, Rademacher, Sampler
-from mezo_lightning.scaled import Scaled
+from mezo_lightning.scaled import Scaled, ScaledByNorm
 from mezo_lightning.sparse import Sparse
 from mezo_lightning.structured import LowRank, Subset
 
 _SAMPLERS: dict[str, type[Sampler]] = {
-    kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset, Flipout, Scaled, Sparse)
+    kind.__name__: kind for kind in (Gaussian, Rademacher, LowRank, Subset, Flipout, Scaled, ScaledByNorm, Sparse)
 }
 
 

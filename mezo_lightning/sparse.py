@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from mezo_lightning.samplers import Directions, Gaussian, Sampler, chunk_numel
-from mezo_lightning.shards import Shard
+from mezo_lightning.magnitudes import count_magnitudes
+from mezo_lightning.samplers import Directions, Gaussian, Sampler
 
 if TYPE_CHECKING:
     from mezo_lightning.parameters import ParameterInfo, Slice
@@ -49,7 +48,7 @@ class Sparse(Sampler):
     fraction: float = 0.25
     """The share of each matrix's weights that is small when the run begins."""
     thresholds: dict[str, float] | None = field(default=None, compare=False, repr=False)
-    """The largest magnitude that moves, by the name of each matrix, 3.4028234663852886e38 (the largest fp32 number) where
+    """The largest magnitude that moves, by the name of each matrix, 3.4028234663852886e38 (the largest fp32 number) if
     all of it does; null: found from the weights, as said above."""
 
     def __post_init__(self) -> None:
@@ -77,17 +76,19 @@ class Sparse(Sampler):
         return replace(self, sampler=self.sampler.seeded(seed))
 
     def settled(self, slices: Sequence[Slice], table: Sequence[ParameterInfo]) -> Sparse:
+        inner = self.sampler.settled(slices, table)
         matrices = [info for info in table if len(info.shape) >= 2]
         if self.thresholds is None:
             own = {piece.info.start: piece for piece in slices}
-            return replace(self, thresholds={i.name: _threshold(own[i.start], self.fraction) for i in matrices})
+            found = {info.name: _threshold(own[info.start], self.fraction) for info in matrices}
+            return replace(self, sampler=inner, thresholds=found)
         for info in matrices:
             if info.name not in self.thresholds:
                 raise ValueError(
                     f"Sparse(thresholds) has no threshold for {info.name!r}: give one for every matrix that is tuned, "
                     "or none at all"
                 )
-        return self
+        return replace(self, sampler=inner)
 
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
         return _SparseDirections(self.sampler.bind(table), self.thresholds)
@@ -114,8 +115,8 @@ class _SparseDirections(Directions):
 def _threshold(piece: Slice, fraction: float) -> float:
     """The smallest magnitude of a matrix's weights that at least a fraction of them does not exceed; none if all are 0.
 
-    The bits of a magnitude, taken as an integer, number the floats in order. So weights are counted by their upper 16
-    bits, and those that have the upper bits of the threshold by the lower ones. Counts of several processes add up.
+    Weights are counted by the upper 16 bits of their magnitude, and those that have the upper bits of the threshold by
+    the lower ones.
 
     Args:
         piece: What this process holds of the matrix, maybe nothing; where it is cut up, all processes call this.
@@ -127,9 +128,7 @@ def _threshold(piece: Slice, fraction: float) -> float:
     """
     bits, rank, zeros = 0, math.ceil(fraction * piece.info.numel), 0
     for shift in (16, 0):
-        counts = _counts(piece, shift, bits)
-        if isinstance(piece.parameter, Shard):
-            _add_up(counts, piece.info)
+        counts = count_magnitudes(piece, shift, bits, advice="Sparse: give thresholds")
         up_to = counts.cumsum(0)
         place = int(torch.searchsorted(up_to, rank))
         rank -= int(up_to[place] - counts[place])
@@ -143,30 +142,3 @@ def _threshold(piece: Slice, fraction: float) -> float:
             f"{zeros / piece.info.numel:.3g}, freeze it, or use another sampler"
         )
     return torch.tensor([bits], dtype=torch.int32).view(torch.float32).item()
-
-
-def _counts(piece: Slice, shift: int, above: int) -> Tensor:
-    """How many weights have which 16 bits of their fp32 magnitude from bit ``shift`` on: int64 [65536].
-
-    Args:
-        piece: The weights.
-        shift: 16 or 0.
-        above: The bits above those; weights that have others are not counted.
-    """
-    counts = torch.zeros(1 << 16, dtype=torch.int64, device=piece.parameter.device)
-    for chunk in piece.weights.split(chunk_numel(counts.device)):
-        magnitudes = chunk.to(torch.float32).abs().view(torch.int32)
-        if shift == 0:
-            magnitudes = magnitudes[magnitudes >> 16 == above]
-        counts += torch.bincount(magnitudes >> shift & 0xFFFF, minlength=1 << 16)
-    return counts
-
-
-def _add_up(counts: Tensor, info: ParameterInfo) -> None:
-    """Add the counts of all processes, in place."""
-    if not dist.is_initialized():
-        raise ValueError(
-            f"Sparse has to count all weights of {info.name!r}, of which this process has a piece only, and there is "
-            "no torch.distributed job: give thresholds"
-        )
-    dist.all_reduce(counts)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from mezo_lightning.layout import Layout
+from mezo_lightning.layout import BLOCKS, Layout, check_pattern
 from mezo_lightning.samplers import SIGNIFICANT_BITS, Directions, Gaussian, Sampler, check_inner, derive_seed
 
 if TYPE_CHECKING:
-    from mezo_lightning.parameters import ParameterInfo
+    from mezo_lightning.parameters import ParameterInfo, Slice
 
 _LEFT, _CORE, _RIGHT, _BLOCKS = range(4)  # what keys are for
 _GRID = 64.0  # factors are multiples of 1/64: fp64 sums of their products are then exact, in any order
@@ -144,7 +144,7 @@ class Subset(Sampler):
 
     sampler: Sampler = Gaussian()  # noqa: RUF009  (frozen)
     """The directions within the active blocks."""
-    blocks: str = r"\b(?:layers?|blocks?|h)\.\d+"
+    blocks: str = BLOCKS
     """A regular expression: what it finds in a parameter's name is the name of its block."""
     order: Literal["random", "cyclic"] = "random"
     """Which blocks are active: a random share of them, or one after another."""
@@ -159,10 +159,7 @@ class Subset(Sampler):
         if self.order not in ("random", "cyclic"):
             raise ValueError(f"Subset(order={self.order!r}) is unknown; choose 'random' or 'cyclic'")
         check_inner("Subset", self.sampler)
-        try:
-            re.compile(self.blocks)
-        except re.error as error:
-            raise ValueError(f"Subset(blocks={self.blocks!r}) is no regular expression: {error}") from error
+        check_pattern("Subset(blocks)", self.blocks)
 
     @property
     def nearly_orthogonal(self) -> bool:
@@ -174,6 +171,9 @@ class Subset(Sampler):
 
     def seeded(self, seed: int) -> Subset:
         return replace(self, sampler=self.sampler.seeded(seed), seed=seed if self.seed is None else self.seed)
+
+    def settled(self, slices: Sequence[Slice], table: Sequence[ParameterInfo]) -> Subset:
+        return replace(self, sampler=self.sampler.settled(slices, table))
 
     def bind(self, table: Sequence[ParameterInfo]) -> Directions:
         return _SubsetDirections(self, table)

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModelForCausalLM, get_peft_model
 from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from mezo_lightning.dense import DenseAdam, DenseMomentum
 from mezo_lightning.estimators import (
@@ -36,12 +37,14 @@ from mezo_lightning.estimators import (
 from mezo_lightning.evaluators import Copy, Evaluation, Evaluator
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.leaf_scratch import LeafScratch
+from mezo_lightning.models.adapters import with_adapter
+from mezo_lightning.models.virtual_tokens import VirtualTokens
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.rounding import RoundingName
 from mezo_lightning.rowwise.evaluator import Rowwise
-from mezo_lightning.rowwise.points import RowPoint, row_seed
+from mezo_lightning.rowwise.points import RowPoint, row_seed, running
 from mezo_lightning.samplers import Gaussian, Rademacher, Sampler, derive_seed
-from mezo_lightning.scaled import Scaled
+from mezo_lightning.scaled import Scaled, ScaledByNorm
 from mezo_lightning.sparse import Sparse
 from mezo_lightning.steps import GradientEstimate, Point
 from mezo_lightning.structured import LowRank, Subset
@@ -97,8 +100,9 @@ SAMPLERS: dict[str, Sampler] = {
     "lezo": Subset(fraction=0.5),
     "bcd over lozo": Subset(LowRank(1, refresh_right=2), order="cyclic"),
     "flipout": Flipout(),
-    "scaled": Scaled({"layers|lstm": 2.0, r"\.": 0.5}),
-    "scaled lozo": Scaled({"layers|lstm": 0.5}, LowRank(1, refresh_left=0, refresh_right=2)),
+    "scaled": Scaled({"layers|lstm|prompt": 2.0, r"\.": 0.5}),
+    "scaled lozo": Scaled({"layers|lstm|prompt": 0.5}, LowRank(1, refresh_left=0, refresh_right=2)),
+    "by norm": ScaledByNorm(),
     "sparse": Sparse(fraction=0.5),
 }
 SHARES = {"lezo": 0.5, "bcd over lozo": 0.5, "scaled": 4.0, "scaled lozo": 0.25}
@@ -159,9 +163,9 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.embed(ids[None]))[0][0])
 
 
-def adapted(model: Any) -> nn.Module:
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["layers.0", "layers.1"], init_lora_weights=False))
-    return tuned
+def adapted(model: Any, *, zero: bool = False) -> nn.Module:
+    """With LoRA, whose B is 0 if ``zero``: that is PEFT's default."""
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["layers.0", "layers.1"], init_lora_weights=zero))
 
 
 def of_codes(**options: Any) -> nn.Module:
@@ -195,6 +199,21 @@ def scales_of_codes() -> nn.Module:
     return model
 
 
+def behind_virtual_tokens(kind: str) -> nn.Module:
+    """A small language model behind two tokens that nobody wrote, as a run has it."""
+    shared = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "init_std": 0.5, "max_position_embeddings": 8}
+    config = OPTConfig(
+        vocab_size=7,
+        hidden_size=8,
+        word_embed_proj_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=8,
+        **shared,
+    )
+    return with_adapter(OPTForCausalLM(config).eval(), {"peft_type": kind, "num_virtual_tokens": 2})
+
+
 def biases_only() -> nn.Module:
     model = Net()
     for name, parameter in model.named_parameters():
@@ -219,9 +238,11 @@ SPACES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
     "full": (Net, everything),
     "two groups": (Net, two_groups),
     "biases": (biases_only, everything),
-    "lora": (lambda: adapted(Net()), everything),
+    "lora": (lambda: adapted(Net(), zero=True), everything),
     "lora on codes": (adapters_on_codes, everything),
     "scales": (scales_of_codes, everything),
+    "prefix": (lambda: behind_virtual_tokens("PREFIX_TUNING"), everything),
+    "prompt": (lambda: behind_virtual_tokens("PROMPT_TUNING"), everything),
     "lstm": (Recurrent, everything),
     "tied": (lambda: Net("tied"), everything),
     "tied by a function": (lambda: Net("functional"), everything),
@@ -236,7 +257,8 @@ REFUSED: dict[frozenset[str], str] = {
         {"tied by a function", "leaf scratch"}
     ): r"'embed.weight' is used outside of the forward.*evaluator: copy",
     **{
-        frozenset({"lstm", sampler}): r"Subset\(blocks=.*\) is found in the name of no trainable parameter"
+        frozenset({space, sampler}): r"Subset\(blocks=.*\) is found in the name of no trainable parameter"
+        for space in ("lstm", "prefix", "prompt")
         for sampler in ("lezo", "bcd over lozo")
     },
     **{
@@ -249,6 +271,7 @@ REFUSED: dict[frozenset[str], str] = {
         for update in UPDATES
         if update != "trail"
     },
+    frozenset({"cone", "tezo"}): "with sampler=LowRank.* they share a factor: give LowRank refresh_left: 0",
     **{
         frozenset({update, precision}): r".* and rounding=.* both keep something beside the weights, and only one may"
         for update in ("decay towards the start", "dense momentum", "dense adam")
@@ -271,9 +294,9 @@ REFUSED: dict[frozenset[str], str] = {
         for evaluator in ("copy", "leaf scratch")
     },
     **{
-        frozenset({rule, space}): "rows cannot have directions of their own there"
+        frozenset({rule, space}): r"cannot have directions of their own"
         for rule in _ROWWISE
-        for space in ("lstm", "scales")
+        for space in ("lstm", "scales", "prefix", "prompt")
     },
 }
 """Pairs that cannot work, and what the error says."""
@@ -416,8 +439,16 @@ class Run:
 
     def losses(self) -> Tensor:
         """One a sample."""
-        ids, targets = IDS.to(self.device), TARGETS.to(self.device)
-        return F.cross_entropy(self.model(ids).float(), targets, reduction="none")
+        return F.cross_entropy(self.logits(IDS.to(self.device)).float(), TARGETS.to(self.device), reduction="none")
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Of what comes after each id: [ids, 7]."""
+        if not isinstance(self.model, PeftModelForCausalLM):
+            return self.model(ids)
+        tokens = VirtualTokens(self.model)
+        texts = {"input_ids": ids[:, None], "attention_mask": torch.ones_like(ids)[:, None]}
+        with running(range(len(ids))):
+            return tokens.base(**tokens.in_front(texts)).logits[:, -1]
 
     def evaluate(self, points: Sequence[Point]) -> Evaluation:
         self.points.append(tuple(points))

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense adam": {"optimizer": partial(MeZO, lr=1e-3, update=DenseAdam())},
     "lora": {"pretrained": LORA},
     "lora, lozo": {"pretrained": LORA, "optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS["lozo"])},
+    "lora, sparse": {"pretrained": LORA, "optimizer": partial(MeZO, lr=1e-3, sampler=SAMPLERS["sparse"])},
     "lora, guided": {"pretrained": LORA, "estimator": ESTIMATORS["guided"].estimator},
 }
 STEPS = 3  # the factors of some samplers are drawn anew after the second one

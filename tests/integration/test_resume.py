@@ -10,7 +10,7 @@ import torch
 from helpers import Watch, assert_same, data_of, model_of, module_of, replayed, trainer_of, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mezo_lightning import MeZOModule
+from mezo_lightning import LowRank, MeZO, MeZOModule, Subset, Trajectory
 from mezo_lightning.callbacks import RunRecorder
 from mezo_lightning.reporting.records import RunRecords
 
@@ -64,6 +64,27 @@ def test_stopped_and_resumed(stop: int, tmp_path: Path, opt: Path, rows: Path, w
     module, second = run(tmp_path, opt, rows, STEPS, tmp_path / f"ckpt/step={stop}.ckpt", every=STEPS)
     assert first.rows + second.rows == whole[2].rows
     assert_same_run(tmp_path, module, whole)
+
+
+def test_the_seed_of_a_run_decides_what_its_directions_share(tmp_path: Path, opt: Path, rows: Path):
+    """Which layers move, and the factors that steps share; a resumed run goes on with them, another one cannot."""
+    optimizer = functools.partial(MeZO, lr=1e-3, sampler=Subset(LowRank(1, seed=5), fraction=0.5))
+
+    def sampler_of(folder: Path) -> Any:
+        with Trajectory.open(folder / "trajectory.bin") as log:
+            return log.header.make_sampler()
+
+    (whole, _), _ = (run(tmp_path / str(seed), opt, rows, 3, seed=seed, optimizer=optimizer) for seed in (0, 1))
+    one, other = (sampler_of(tmp_path / str(seed)) for seed in (0, 1))
+    assert one.seed != other.seed
+    assert one.sampler == other.sampler == LowRank(1, seed=5)
+    run(tmp_path / "again", opt, rows, 1, optimizer=optimizer)
+    half = tmp_path / "again/ckpt/step=1.ckpt"
+    with pytest.raises(ValueError, match=r"saved with sampler=Subset\(.* this optimizer has sampler=Subset\("):
+        run(tmp_path / "again", opt, rows, 3, half, seed=1, optimizer=optimizer)
+    again, _ = run(tmp_path / "again", opt, rows, 3, half, optimizer=optimizer)
+    assert sampler_of(tmp_path / "again") == one
+    assert_same(weights(model_of(again)), weights(model_of(whole)))
 
 
 def test_resumed_from_before_the_end_of_the_trajectory(tmp_path: Path, opt: Path, rows: Path, whole: Any):

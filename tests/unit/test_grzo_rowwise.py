@@ -26,6 +26,7 @@ from mezo_lightning import (
 from mezo_lightning.evaluators import Evaluator, Samples
 from mezo_lightning.parameters import ParameterSpace
 from mezo_lightning.rowwise.points import RowPoint, row_seed, rows_that_run, running
+from mezo_lightning.samplers import derive_seed
 
 ROWS, EPSILON, SEED = 5, 2.0**-6, 7
 POINTS = [RowPoint(SEED, EPSILON, "rows+"), RowPoint(SEED, -EPSILON, "rows-")]
@@ -158,6 +159,23 @@ def test_directions_change_with_the_step(make_model: Callable[..., PreTrainedMod
 # -- the algorithm -----------------------------------------------------------------------------------------------------
 
 
+def materialised(model: nn.Module, step: int, row: int) -> Tensor:
+    """A row's direction, of U that is drawn for the step over all parameters, and of the row's own signs.
+
+    Of these there is one vector, which has those of each parameter's rows and then of its columns.
+    """
+    shared = Gaussian().fill(torch.empty(sum(p.numel() for p in model.parameters())), derive_seed(0, 0, step), 0)
+    sides = [(p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (p.numel(), 0) for p in model.parameters()]
+    signs = Rademacher().fill(torch.empty(sum(map(sum, sides))), row_seed(step, row), 0)
+    result, at, first = [], 0, 0
+    for parameter, (rows, columns) in zip(model.parameters(), sides, strict=True):
+        u = shared[at : at + parameter.numel()].view(parameter.shape)
+        r, s = signs[first : first + rows], signs[first + rows : first + rows + columns]
+        result.append((u * (torch.outer(r, s) if columns else r).view(u.shape)).flatten())
+        at, first = at + parameter.numel(), first + rows + columns
+    return torch.cat(result)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_against_the_algorithm_written_out(normalize: bool):
     """Materialised U, r and s, a copy of the model for every row and side, and a dense update."""
@@ -168,12 +186,7 @@ def test_against_the_algorithm_written_out(normalize: bool):
     for step in range(3):
         directions, differences = [], []
         for row in range(ROWS):
-            z = (
-                Flipout()
-                .bind(optimizer.space.table)
-                .fill(torch.empty(optimizer.space.numel), row_seed(step, row), 0, step)
-            )
-            values = []
+            z, values = materialised(reference, step, row), []
             for side in (EPSILON, -EPSILON):
                 moved, at = copy.deepcopy(reference), 0
                 for parameter in moved.parameters():

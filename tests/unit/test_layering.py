@@ -28,6 +28,7 @@ TORCH_ONLY = [
     "sparse",
     "chunks",
     "layout",
+    "magnitudes",
     "flipout",
     "rowwise",
     "trajectory",

@@ -80,7 +80,7 @@ def take_steps(model: nn.Module, optimizer: MeZO, count: int, leaf_scratch: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_thresholds_are_exact_order_statistics(dtype: torch.dtype, fraction: float, monkeypatch: pytest.MonkeyPatch):
     """Of weights of all sizes, subnormal and infinite ones among them, counted a few at a time."""
-    monkeypatch.setattr("mezo_lightning.sparse.chunk_numel", lambda device: 7)
+    monkeypatch.setattr("mezo_lightning.magnitudes.chunk_numel", lambda device: 7)
     generator = torch.Generator().manual_seed(1)
     wide = (torch.randn(20, 30, generator=generator) * 10.0 ** torch.randint(-6, 5, (20, 30), generator=generator)).to(
         dtype
@@ -278,10 +278,14 @@ def test_bad_settings(make: Any, message: str):
 @pytest.mark.parametrize(
     ("parameter", "arguments", "message"),
     [
-        (torch.eye(4), {"sampler": Sparse()}, r"12 of the 16 weights of 'w' are 0, .* raise fraction above 0.75, freeze"),
+        (
+            torch.eye(4),
+            {"sampler": Sparse()},
+            r"12 of the 16 weights of 'w' are 0, .* raise fraction above 0.75, freeze",
+        ),
         (torch.ones(4, 4), {"sampler": Sparse(), "update": Momentum()}, "a seed gives other ones by then"),
         (torch.ones(4, 4), {"sampler": Sparse(thresholds={"v": 1.0})}, r"has no threshold for 'w'"),
-        (PIECE, {"sampler": Sparse()}, "Sparse has to count all weights of 'w'"),
+        (PIECE, {"sampler": Sparse()}, "Sparse: give thresholds: all weights of 'w' have to be counted"),
     ],
 )
 def test_what_cannot_be_tuned_says_so(parameter: Tensor, arguments: dict[str, Any], message: str):

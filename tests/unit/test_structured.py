@@ -1,6 +1,8 @@
 """Low-rank directions and subsets of layers: exact, the same for every cut, and what the papers' equations say."""
 
+import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from closed_form import table_of
 from torch import Tensor
 
-from mezo_lightning import Gaussian, LowRank, Rademacher, Subset
+from mezo_lightning import Flipout, Gaussian, LowRank, Rademacher, Scaled, Sparse, Subset
 from mezo_lightning.parameters import ParameterInfo
+from mezo_lightning.sampler_records import sampler_as_dict, sampler_from_dict
 from mezo_lightning.samplers import Sampler, derive_seed
 
 SHAPES = {
@@ -154,7 +157,7 @@ def test_within_a_block_the_directions_are_those_of_the_inner_sampler():
     [
         ({"fraction": 0.0}, r"fraction=0.0"),
         ({"order": "sorted"}, r"order='sorted'"),
-        ({"blocks": "("}, r"blocks='\('.*no regular expression"),
+        ({"blocks": "("}, r"Subset\(blocks\): '\(' is no regular expression"),
     ],
 )
 def test_bad_subset(arguments: dict[str, Any], message: str):
@@ -189,3 +192,34 @@ def test_the_blocks_are_the_layers_of_usual_models(name: str, block: str | None)
 def test_blocks_that_no_parameter_has():
     with pytest.raises(ValueError, match=r"blocks='mlp'.* no trainable parameter"):
         z(Subset(blocks="mlp"))
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [LowRank, Subset, Flipout])
+def test_a_sampler_without_a_seed_is_given_one_and_keeps_its_own(kind: type[LowRank | Subset | Flipout]):
+    assert kind(seed=3).seeded(7) == kind(seed=3)
+    found = kind().seeded(7)
+    assert found == kind(seed=7)
+    assert "seed=7" in repr(found)  # which is how a resumed run is told what another one had
+    assert sampler_from_dict(json.loads(json.dumps(sampler_as_dict(found)))) == found
+    assert torch.equal(z(kind()), z(kind(seed=0)))
+    assert any(not torch.equal(z(found, 1, number), z(kind(), 1, number)) for number in range(5))
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [Subset(LowRank()), Flipout(LowRank()), Scaled({"w": 2.0}, LowRank()), Sparse(LowRank(), 0.5, {"w": 0.25})],
+    ids=lambda outer: type(outer).__name__,
+)
+def test_so_is_the_sampler_that_another_one_is_made_of(outer: Any):
+    assert outer.seeded(7).sampler == LowRank(seed=7)
+    given = replace(outer, sampler=LowRank(seed=3)).seeded(7)
+    assert given.sampler == LowRank(seed=3)
+    assert getattr(given, "thresholds", None) == getattr(outer, "thresholds", None)
+    assert sampler_from_dict(json.loads(json.dumps(sampler_as_dict(given)))) == given
+
+
+def test_a_sampler_that_draws_nothing_of_its_own_has_no_seed():
+    assert Gaussian().seeded(7) == Gaussian()
