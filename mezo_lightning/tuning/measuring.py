@@ -6,7 +6,7 @@ no gradient, no Hessian-vector product. ``measure`` makes all measurements; each
 =================  =====================================================================  ============================
 measurement        from                                                                   forward passes
 =================  =====================================================================  ============================
-noise floor        differences of high order along 4 lines (Moré and Wild, 2011)          36
+noise floor        scatter about a polynomial on a line for each epsilon                  73
 ladder             two-point slopes of 8 directions at nine values of epsilon             145
 curvature          second differences along K directions and sums of neighbours           6 K + 1
 batches            the slopes of 16 directions on each of B disjoint batches              32 B
@@ -28,7 +28,8 @@ from mezo_lightning.samplers import derive_seed
 from mezo_lightning.steps import Point, round_coefficient
 
 EPSILONS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-_LINE = 9  # points on a line, for the noise floor
+_LINE = 8  # points on a line, for the noise floor, beside the point that all lines share
+_DEGREE = 4  # of the polynomial on it
 MANY_TIES = 0.5  # of the samples: an epsilon at which more of them tie says little
 _SMALL_ERROR = 0.1  # of a slope
 _NEIGHBOURS = 4  # with how many others each direction is summed
@@ -41,8 +42,12 @@ class Rung:
     epsilon: float
     slope: float
     """Root mean square over the directions."""
+    noise_floor: float
+    """Standard deviation of the objective's own error that far away: of rounding, chance, or kinks. An upper end where
+    epsilon is large: all that is not smooth over a few epsilon counts."""
     noise: float
-    """What the noise floor adds to a slope: noise floor / (sqrt(2) epsilon)."""
+    """What that adds to a slope, at most: noise floor / epsilon, as errors on the two sides can be opposite. Those of
+    16-bit weights are."""
     change: float
     """Root mean square change of the slopes to the next larger epsilon (the largest: from the next smaller one)."""
     tie_fraction: float
@@ -85,11 +90,36 @@ class Curvature:
     """tr(H)^2 / tr(H^2); NaN where the curvature is lost in noise, or has both signs alike."""
     rank_interval: tuple[float, float]
     """Where it lies in about nine cases of ten."""
+    largest_eigenvalue: float
+    """No eigenvalue exceeds sqrt(tr(H^2)): of that the upper end, two standard errors above. Noise is left in, so that
+    it holds where the effective rank is unknown."""
+
+    @property
+    def largest_trace(self) -> float:
+        """tr(H) plus two standard errors."""
+        return self.trace + 2 * self.trace_error
+
+    @property
+    def steepest(self) -> float:
+        """Largest tr(H) + 2 largest eigenvalue, which limits the learning rate.
+
+        For Gaussian z, E[(z'g)^2 z'Hz] = |g|^2 tr(H) + 2 g'Hg. So steps -lr (z'g) z change the objective by at most
+        (-lr + lr^2 / 2 steepest) |g|^2, on average.
+        """
+        return self.largest_trace + 2 * self.largest_eigenvalue
 
     @property
     def largest_stable_lr(self) -> float:
-        """About 2 / tr(H), for one direction per step; q directions allow up to q times that. NaN without curvature."""
-        return 2 / self.trace if self.trace > 2 * self.trace_error else math.nan
+        """At most 2 / steepest, for one direction per step (of more: ``most_by_queries``). NaN without curvature."""
+        return 2 / self.steepest if self.trace > 2 * self.trace_error else math.nan
+
+    @property
+    def most_by_queries(self) -> float:
+        """The mean of q directions allows q m / (m - 1 + q) times the learning rate of one: this m, no more.
+
+        Then tr(H) / q + (1 + 1 / q) largest eigenvalue stands in the place of ``steepest``.
+        """
+        return self.steepest / self.largest_eigenvalue if self.largest_eigenvalue else math.inf
 
 
 @dataclass(frozen=True)
@@ -115,7 +145,7 @@ class Tuning:
     """All measurements."""
 
     noise_floor: float
-    """Standard deviation of the objective's own error, from rounding or chance."""
+    """That of the rung to choose."""
     ladder: tuple[Rung, ...]
     """By epsilon, the smallest first."""
     curvature: Curvature
@@ -156,12 +186,14 @@ def measure(
     if len(epsilons) < 3 or list(epsilons) != sorted(set(epsilons)) or epsilons[0] <= 0:
         raise ValueError(f"epsilons={list(epsilons)} must be at least three positive numbers in ascending order")
     seeds = [derive_seed(seed, purpose) for purpose in range(4)]
-    floor = noise_floor(batches[0], seed=seeds[0])
-    ladder = climb(batches[0], floor, seed=seeds[1], epsilons=epsilons)
+    floors = noise_floors(batches[0], seed=seeds[0], epsilons=epsilons)
+    ladder = climb(batches[0], floors, seed=seeds[1], epsilons=epsilons)
     clearest = min(_telling(ladder), key=lambda rung: _share(rung.curvature_error, rung.curvature))
-    curvature = bend(batches[0], floor, clearest.epsilon, seed=seeds[2], num_directions=num_directions)
-    slopes = compare(batches, best_rung(ladder).epsilon, seed=seeds[3])
-    return Tuning(floor, ladder, curvature, slopes, count_probes(len(batches), num_directions, len(epsilons)))
+    curvature = bend(batches[0], clearest.noise_floor, clearest.epsilon, seed=seeds[2], num_directions=num_directions)
+    best = best_rung(ladder)
+    slopes = compare(batches, best.epsilon, seed=seeds[3])
+    probes = count_probes(len(batches), num_directions, len(epsilons))
+    return Tuning(best.noise_floor, ladder, curvature, slopes, probes)
 
 
 def count_probes(num_batches: int, num_directions: int = 64, num_epsilons: int = len(EPSILONS)) -> int:
@@ -172,39 +204,50 @@ def count_probes(num_batches: int, num_directions: int = 64, num_epsilons: int =
         num_directions: For the curvature.
         num_epsilons: On the ladder.
     """
-    line, ladder, curvature = 4 * _LINE, 2 * 8 * num_epsilons + 1, (2 + _NEIGHBOURS) * num_directions + 1
-    return line + ladder + curvature + 2 * 16 * num_batches
+    of_epsilons, curvature = (_LINE + 2 * 8) * num_epsilons + 2, (2 + _NEIGHBOURS) * num_directions + 1
+    return of_epsilons + curvature + 2 * 16 * num_batches
 
 
-def noise_floor(evaluate: Evaluate, *, seed: int, spacing: float = 2.0**-17, num_lines: int = 4) -> float:
-    """The standard deviation of the objective's own error, by differences of high order along lines.
+def noise_floors(evaluate: Evaluate, *, seed: int, epsilons: Sequence[float] = EPSILONS) -> tuple[float, ...]:
+    """The standard deviation of the objective's own error at each epsilon: its scatter about a polynomial on a line.
 
-    A smooth function's differences vanish as their order grows, those of noise do not (Moré and Wild, "Estimating
-    computational noise", 2011). The points lie close together, so that kinks of the function do not count as noise.
+    What a polynomial of degree 4 leaves of nine values is noise where the function is smooth. (Moré and Wild,
+    "Estimating computational noise", 2011, take differences of high order for it.) The points are epsilon / 3 apart:
+    much closer ones would round to the same 16-bit weights. Where most weights are too coarse to move by epsilon at
+    all, the error is larger than this: it grows along with the distance, as ``Rung.change`` shows.
 
     Args:
         evaluate: The objective on one batch.
-        seed: Decides the lines.
-        spacing: Of the nine points on a line, in units of a random direction; a power of two, so that rounding the
-            points' coefficients to 12 bits leaves them equally far apart.
-        num_lines: How many lines.
+        seed: Decides the lines, one for each epsilon.
+        epsilons: Ascending.
     """
-    squares = []
-    for line in range(num_lines):
-        points = [Point(((derive_seed(seed, line), i * spacing),), label=f"{i}") for i in range(_LINE)]
-        values = _checked(evaluate(points)).means
-        squares.append(sorted(_variance_of_noise(values, order) for order in (4, 5, 6))[1])
-    return math.sqrt(np.mean(squares))
+    # Of 8 bits: rounding the points' coefficients to 12 bits leaves them equally far apart.
+    spacings = [math.ldexp(round(256 * part), power - 8) for part, power in (math.frexp(e / 3) for e in epsilons)]
+    steps = range(1, _LINE + 1)
+    lines = [[Point(((derive_seed(seed, line), i * h),)) for i in steps] for line, h in enumerate(spacings)]
+    here, *there = _checked(evaluate([Point(), *(point for line in lines for point in line)])).means
+    values = np.array([[here, *there[at : at + _LINE]] for at in range(0, len(there), _LINE)]) - here
+    basis = np.linalg.qr(np.vander(np.arange(_LINE + 1) - _LINE / 2, _DEGREE + 1))[0]
+    rests = values - values @ basis @ basis.T
+    found = np.sqrt(np.square(rests).sum(1) / (_LINE - _DEGREE)).tolist()
+    # The floor rises with epsilon or stays: the median of neighbours keeps what rises, and evens out chance.
+    around = [found[0], *found, found[-1]]
+    return tuple(float(np.median(around[at : at + 3])) for at in range(len(found)))
 
 
 def climb(
-    evaluate: Evaluate, floor: float, *, seed: int, epsilons: Sequence[float] = EPSILONS, num_directions: int = 8
+    evaluate: Evaluate,
+    floors: Sequence[float],
+    *,
+    seed: int,
+    epsilons: Sequence[float] = EPSILONS,
+    num_directions: int = 8,
 ) -> tuple[Rung, ...]:
     """Slopes and second differences of the same directions at every epsilon: where are they signal?
 
     Args:
         evaluate: The objective on one batch.
-        floor: Its noise floor.
+        floors: Its noise floor at each epsilon.
         seed: Decides the directions.
         epsilons: Ascending.
         num_directions: How many directions.
@@ -217,17 +260,17 @@ def climb(
     sides = np.array(there).reshape(len(rounded), num_directions, 2)
     slopes = (sides[..., 0] - sides[..., 1]) / (2 * rounded[:, None])
     bends = (sides.sum(-1) - 2 * here) / rounded[:, None] ** 2
-    pairs = [
-        [(i, i + 1) for i in range(1 + at, 1 + at + sides[0].size, 2)] for at in range(0, len(there), sides[0].size)
-    ]
+    size = sides[0].size
+    pairs = [[(i, i + 1) for i in range(1 + at, 1 + at + size, 2)] for at in range(0, len(there), size)]
     columns = zip(
         map(float, rounded),
         _rms(slopes).tolist(),
-        (floor / (math.sqrt(2) * rounded)).tolist(),
+        map(float, floors),
+        (np.array(floors) / rounded).tolist(),
         _changes(slopes),
         map(evaluation.tie_fraction, pairs),
         _rms(bends).tolist(),
-        (math.sqrt(6) * floor / rounded**2).tolist(),
+        (math.sqrt(6) * np.array(floors) / rounded**2).tolist(),
         _changes(bends),
         strict=True,
     )
@@ -258,26 +301,27 @@ def bend(evaluate: Evaluate, floor: float, epsilon: float, *, seed: int, num_dir
 
     Args:
         evaluate: The objective on one batch.
-        floor: Its noise floor.
+        floor: Its noise floor at that epsilon.
         epsilon: How far apart the points are.
         seed: Decides the directions.
         num_directions: How many directions.
     """
     step, count = round_coefficient(epsilon), num_directions
     seeds = [derive_seed(seed, direction) for direction in range(count)]
-    mates = [(i, (i + shift) % count) for shift in range(1, _NEIGHBOURS + 1) for i in range(count)]
+    mates = np.array([(i, (i + shift) % count) for shift in range(1, _NEIGHBOURS + 1) for i in range(count)])
     sides = [Point(((s, way * step),)) for way in (1, -1) for s in seeds]
-    sums = [Point(((seeds[i], step), (seeds[j], step))) for i, j in mates]
+    sums = [Point(((seeds[i], step), (seeds[j], step))) for i, j in mates.tolist()]
     values = np.array(_checked(evaluate([Point(), *sides, *sums])).means)
     values = (values - values[0]) / step**2
     ahead, back, both = values[1 : count + 1], values[count + 1 : 2 * count + 1], values[2 * count + 1 :]
     along = ahead + back
-    products = both - np.array([ahead[i] + ahead[j] for i, j in mates])
+    products = both - ahead[mates].sum(1)
     noise = (floor / step**2) ** 2
     trace, error = float(along.mean()), math.sqrt(along.var(ddof=1) / count + 4 * noise)
     clear = trace > 2 * error and np.square(products).mean() > 8 * noise
     rank, interval = _rank(along, products, mates, noise) if clear else (math.nan, (math.nan, math.nan))
-    return Curvature(step, tuple(along.tolist()), trace, error, rank, interval)
+    largest = _largest_eigenvalue(products, mates, count)
+    return Curvature(step, tuple(along.tolist()), trace, error, rank, interval, largest)
 
 
 def compare(batches: Sequence[Evaluate], epsilon: float, *, seed: int, num_directions: int = 16) -> BatchNoise:
@@ -313,19 +357,14 @@ def _checked(evaluation: Evaluation) -> Evaluation:
     return evaluation
 
 
-def _variance_of_noise(values: Sequence[float], order: int) -> float:
-    weight = math.factorial(order) ** 2 / math.factorial(2 * order)
-    return float(weight * np.square(np.diff(values, n=order)).mean())
-
-
 def _rank(
-    along: np.ndarray, products: np.ndarray, mates: Sequence[tuple[int, int]], noise: float
+    along: np.ndarray, products: np.ndarray, mates: np.ndarray, noise: float
 ) -> tuple[float, tuple[float, float]]:
     """tr(H)^2 / tr(H^2) and its 90 % interval, by the jackknife over directions."""
-    pairs, squares = np.array(mates), np.square(products)
+    squares = np.square(products)
 
     def estimate(kept: np.ndarray) -> float:
-        square = max(float(squares[kept[pairs].all(1)].mean()) - 4 * noise, 1e-12 * float(squares.mean()))
+        square = max(float(squares[kept[mates].all(1)].mean()) - 4 * noise, 1e-12 * float(squares.mean()))
         # The square of a mean is too large by the mean's variance.
         return max(1e-12, (along[kept].mean() ** 2 - 2 * square / kept.sum() - 4 * noise) / square)
 
@@ -336,6 +375,14 @@ def _rank(
     others = np.log([estimate(kept) for kept in ~np.eye(count, dtype=bool)])
     spread = math.sqrt((count - 1) / count * np.square(others - others.mean()).sum())
     return max(1.0, rank), (max(1.0, rank * math.exp(-1.645 * spread)), rank * math.exp(1.645 * spread))
+
+
+def _largest_eigenvalue(products: np.ndarray, mates: np.ndarray, count: int) -> float:
+    """sqrt(tr(H^2)), of the mean square of the products plus two standard errors by the jackknife over directions."""
+    squares = np.square(products)
+    others = np.array([squares[kept[mates].all(1)].mean() for kept in ~np.eye(count, dtype=bool)])
+    spread = math.sqrt((count - 1) / count * np.square(others - others.mean()).sum())
+    return math.sqrt(squares.mean() + 2 * spread)
 
 
 def _rms(values: np.ndarray) -> np.ndarray:

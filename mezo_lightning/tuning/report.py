@@ -96,7 +96,11 @@ def _rows(tuning: Tuning) -> list[tuple[str, str, str]]:
     usable = [rung.epsilon for rung in tuning.ladder if rung.usable]
     where = f"; rough: at epsilon {_number(curvature.epsilon)} only" if tuning.rough else ""
     return [
-        ("noise floor", _number(tuning.noise_floor), "the objective's own error, from rounding or chance"),
+        (
+            "noise floor",
+            _number(tuning.noise_floor),
+            "the objective's own error at the advised epsilon: of rounding, chance, or kinks; at most",
+        ),
         (
             "usable epsilon",
             f"{_number(usable[0])} to {_number(usable[-1])}" if usable else "none",
@@ -117,7 +121,8 @@ def _rows(tuning: Tuning) -> list[tuple[str, str, str]]:
         (
             "largest stable lr",
             _number(curvature.largest_stable_lr),
-            "2 / tr(H), for plain MeZO with one direction per step",
+            "2 / (tr(H) + 2 L), L = tr(H) / sqrt(effective rank), both two standard errors higher; for plain MeZO with "
+            "one direction per step",
         ),
         ("signal to noise", _number(batches.ratio), "squared gradient that batches share, over what they do not"),
         ("forward passes", f"{tuning.probes:,}", "that all of this took"),
@@ -141,20 +146,21 @@ def _epsilon(tuning: Tuning) -> Advice:
 
 def _learning_rate(tuning: Tuning, units: Units) -> Advice:
     curvature, ratio = tuning.curvature, tuning.batches.ratio
-    clear = not math.isnan(curvature.largest_stable_lr)
-    trace = curvature.trace if clear else curvature.trace + 2 * curvature.trace_error
-    if not ratio or trace <= 0:
+    if not ratio or curvature.largest_trace <= 0:
         why = "no curvature" if ratio else "no gradient that the batches share"
         return Advice("lr", "n/a", f"{why} can be seen: raise what the next line says, or try a grid")
-    lr = 1 / (trace * (1 + 1 / ratio))
+    lr = 1 / (curvature.steepest * (1 + 1 / ratio))
     step = _number(lr * tuning.best.slope)
-    if clear:
-        best = "1 / (tr(H) (1 + noise / signal)): the largest expected decrease per step of one direction"
+    if not math.isnan(curvature.largest_stable_lr):
+        best = (
+            f"1 / ((tr(H) + 2 L) (1 + noise / signal)): the largest decrease per step to rely on. {_bound(curvature)}"
+        )
         more = "Curvature may grow in training: a third of it is safer"
     else:
         best = (
-            f"cautious: the curvature is lost in noise at epsilon {_number(curvature.epsilon)}, but tr(H) is hardly "
-            f"above {_number(trace)}"
+            f"cautious: at epsilon {_number(curvature.epsilon)}, tr(H) is lost in noise, or curvature has both signs, "
+            f"but tr(H) is hardly above {_number(curvature.largest_trace)}, and no eigenvalue above "
+            f"{_number(curvature.largest_eigenvalue)}"
         )
         more = "Try larger ones too"
     if units.other_units:
@@ -162,11 +168,26 @@ def _learning_rate(tuning: Tuning, units: Units) -> Advice:
         reason = (
             f"root mean square change of a weight by plain MeZO's lr ({best}). With {parts} the same lr makes other "
             "steps: choose one with which each estimate moves the weights about that far in all (`update_rms` in the "
-            f"logs); q directions allow up to sqrt(q) times that. {more}"
+            f"logs); q directions allow {_of_queries(curvature, 'sqrt(q)')} times that. {more}"
         )
         return Advice("RMS step, not lr", step, reason)
-    reason = f"{best}; q directions allow up to q times that. It moves each weight by about {step} a step. {more}"
+    queries = _of_queries(curvature, "q")
+    reason = f"{best}; q directions allow {queries} times that. It moves each weight by about {step} a step. {more}"
     return Advice("lr", _number(lr), reason)
+
+
+def _bound(curvature: Curvature) -> str:
+    """What L of the learning rate is."""
+    known = not math.isnan(curvature.effective_rank)
+    size = "tr(H) / sqrt(effective rank)" if known else "sqrt(tr(H^2)) with its noise, for want of the effective rank,"
+    ends = f"{_number(curvature.largest_trace)} and {_number(curvature.largest_eigenvalue)}"
+    return f"L = {size} bounds the eigenvalues; tr(H) and L are taken two standard errors higher: {ends}"
+
+
+def _of_queries(curvature: Curvature, growth: str) -> str:
+    """How many times the learning rate, or the size of a step, q directions allow."""
+    most = curvature.most_by_queries
+    return growth if math.isinf(most) else f"{_number(most)} {growth} / ({_number(most - 1)} + q)"
 
 
 def _what_to_raise(tuning: Tuning) -> Advice:

@@ -13,17 +13,25 @@ from closed_form import ClosedForm
 from rich.console import Console
 from torch import Tensor, nn
 
+from mezo_lightning.estimators import CentralDifference
 from mezo_lightning.evaluators import Copy, Evaluation, Samples
 from mezo_lightning.optimizer import MeZO
-from mezo_lightning.samplers import Gaussian, LaneSampler, Rademacher
+from mezo_lightning.samplers import Gaussian, LaneSampler, Rademacher, derive_seed
 from mezo_lightning.steps import Point
-from mezo_lightning.tuning.measuring import BatchNoise, Tuning, bend, best_rung, climb, compare, measure, noise_floor
+from mezo_lightning.tuning.measuring import BatchNoise, Tuning, bend, best_rung, climb, compare, measure, noise_floors
 from mezo_lightning.tuning.report import advise, picture, table
 
 SPECTRA = {
     "1 / i": 1 / torch.arange(1, 501, dtype=torch.float64),  # effective rank 28
     "exponential": torch.exp(-torch.arange(300, dtype=torch.float64) / 20),  # 40
     "flat": torch.ones(60, dtype=torch.float64),  # 60
+}
+RANKS = {  # of 100 weights
+    "flat": torch.ones(100, dtype=torch.float64),
+    "1 / i": 1 / torch.arange(1, 101, dtype=torch.float64),  # effective rank 16
+    "1 / i^2": 1 / torch.arange(1, 101, dtype=torch.float64) ** 2,  # 2.5
+    "half in one": torch.tensor([99.0] + [1.0] * 99, dtype=torch.float64),  # 4
+    "four fifths in one": torch.tensor([396.0] + [1.0] * 99, dtype=torch.float64),  # 1.6
 }
 
 
@@ -88,19 +96,75 @@ def test_a_saddle_has_no_effective_rank():
     assert found.trace == pytest.approx(6, abs=4 * found.trace_error)
 
 
-def test_the_largest_stable_lr_is_where_steps_stop_to_descend():
-    """On average over directions, from a point where the gradient lies in all of the spectrum."""
-    objective = bowl(SPECTRA["flat"])
-    largest = bend(objective, 0.0, 1e-2, seed=1).largest_stable_lr
-    before = float(objective.function(objective.theta))
-    directions = torch.stack([objective.direction(seed) for seed in range(1000)])
-    slopes = directions @ (SPECTRA["flat"] * objective.theta)
+def stable_lr(spectrum: Tensor, queries: int = 1) -> float:
+    """Up to which learning rate the mean square of every weight shrinks, exactly, for the mean of Gaussian directions.
 
-    def after(lr: float) -> float:
-        moved = objective.theta - lr * slopes[:, None] * directions
-        return float((SPECTRA["flat"] * moved * moved).sum(1).mean() / 2)
+    E[S a a' S] of S, the mean of q matrices z z', is ((q + 1) a a' + |a|^2) / q: of a = H theta, its diagonal says what
+    the mean squares of the weights become.
+    """
 
-    assert after(0.8 * largest) < before < after(1.3 * largest)
+    def growth(lr: float) -> float:
+        own = 1 - 2 * lr * spectrum + (1 + 1 / queries) * (lr * spectrum) ** 2
+        step = torch.diag(own) + (lr * spectrum) ** 2 / queries * torch.ones_like(spectrum)[:, None]
+        return float(torch.linalg.eigvals(step).abs().max())
+
+    low, high = 0.0, 4 * queries / float(spectrum.sum())
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if growth(middle) < 1 else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_the_largest_stable_lr_is_stable_also_where_the_rank_is_small(name: str):
+    spectrum = RANKS[name]
+    true = stable_lr(spectrum)
+    for seed in range(4):
+        found = bend(bowl(spectrum), 0.0, 1e-2, seed=seed)
+        assert float(spectrum.max()) <= 1.05 * found.largest_eigenvalue
+        assert 0.4 * true < found.largest_stable_lr < true
+
+
+@pytest.mark.parametrize("queries", [4, 32])
+@pytest.mark.parametrize("name", RANKS)
+def test_what_more_directions_allow_is_stable(name: str, queries: int):
+    spectrum = RANKS[name]
+    found = bend(bowl(spectrum), 0.0, 1e-2, seed=1)
+    most = found.most_by_queries
+    assert queries * most / (most - 1 + queries) * found.largest_stable_lr < stable_lr(spectrum, queries)
+    if name == "four fifths in one":
+        assert queries * found.largest_stable_lr > stable_lr(spectrum, queries)  # not q times as much
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_the_learning_rate_that_is_recommended_descends(name: str):
+    """Of the optimizer itself, on every seed."""
+    spectrum = RANKS[name]
+    tuning = measure([bowl(spectrum, slope=1.0)] * 2, seed=1)
+    advice = advise(tuning)[1]
+    assert "L = tr(H) / sqrt(effective rank) bounds the eigenvalues; tr(H) and L are taken two" in advice.reason
+    for seed in range(3):
+        theta = nn.Parameter(torch.ones(100))
+        optimizer = MeZO([("x", theta)], lr=float(advice.value))
+        losses: list[float] = []
+
+        def loss(theta: Tensor = theta) -> Tensor:
+            return (spectrum * theta.double() ** 2).sum().view(1) / 2
+
+        evaluate = Copy(optimizer.space)(loss)
+        for step in range(60):
+            optimizer.step(estimate=CentralDifference(1e-3).estimate(evaluate, seed=derive_seed(seed, step)))
+            losses.append(float(loss().detach()))
+        assert losses[-1] < 0.8 * float(spectrum.sum() / 2)
+        assert max(losses) < 1.5 * float(spectrum.sum() / 2)
+
+
+def test_where_noise_hides_the_rank_the_learning_rate_is_on_the_safe_side(tuning: Tuning):
+    spectrum, noise = torch.ones(400, dtype=torch.float64), 2.5e-3
+    hidden = replace(tuning, curvature=bend(shaken(bowl(spectrum), noise), noise, 1e-2, seed=1))
+    assert math.isnan(hidden.curvature.effective_rank)
+    assert 0.3 * stable_lr(spectrum) < hidden.curvature.largest_stable_lr < stable_lr(spectrum)
+    assert "with its noise, for want of the effective rank" in advise(hidden)[1].reason
 
 
 # -- noise and epsilon ------------------------------------------------------------------------------------------------
@@ -109,14 +173,41 @@ def test_the_largest_stable_lr_is_where_steps_stop_to_descend():
 @pytest.mark.parametrize("size", [1e-8, 1e-4])
 def test_the_noise_floor_is_found(size: float):
     objective = bowl(SPECTRA["1 / i"], slope=1.0)
-    assert noise_floor(shaken(objective, size), seed=1) == pytest.approx(size, rel=0.5)
-    assert noise_floor(objective, seed=1) < 1e-12
+    floors = noise_floors(shaken(objective, size), seed=1)
+    assert len(floors) == 9
+    assert all(size / 2 < floor < 2 * size for floor in floors)
+    assert max(noise_floors(objective, seed=1)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [0.02, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_noise_floor_of_16_bit_weights_is_their_rounding_error_that_far_away(dtype: torch.dtype, size: float):
+    """Of a linear objective, the exact value is known at any point."""
+    generator = torch.Generator().manual_seed(0)
+    weights = nn.Parameter((size * torch.randn(80, 80, generator=generator)).to(dtype))
+    slopes = torch.randn(80, 80, generator=generator, dtype=torch.float64) / 80
+    optimizer = MeZO([("w", weights)])
+    evaluate = Copy(optimizer.space)(lambda: (weights.double() * slopes).sum().view(1))
+    directions = optimizer.space.sampler.bind(optimizer.space.table)
+    here = weights.detach().double()
+    epsilons = (1e-3, 3e-3, 1e-2, 3e-2)
+    floors, shares = noise_floors(evaluate, seed=1, epsilons=epsilons), []
+    for epsilon, floor in zip(epsilons, floors, strict=True):
+        points = [Point(((seed, epsilon),)) for seed in range(12)]
+        errors = []
+        for point, value in zip(points, evaluate(points).means, strict=True):
+            ((seed, coefficient),) = point.terms
+            z = directions.fill(torch.empty(6400), seed, 0, 0).view(80, 80).double()
+            errors.append(value - float(((here + coefficient * z) * slopes).sum()))
+        shares.append(floor / math.sqrt(np.square(errors).mean()))
+    assert all(1 / 3 < share < 3 for share in shares)
+    assert 0.5 < math.exp(np.log(shares).mean()) < 2
 
 
 def test_slopes_are_wrong_by_noise_below_and_by_higher_derivatives_above():
     theta = torch.linspace(0.1, 1, 50, dtype=torch.float64)
     wave = ClosedForm(Gaussian(), theta, lambda x: torch.sin(20 * x).sum())
-    ladder = climb(shaken(wave, 1e-3), 1e-3, seed=1)
+    ladder = climb(shaken(wave, 1e-3), [1e-3] * 9, seed=1)
     best = best_rung(ladder)
     assert [rung.noise > rung.change for rung in ladder] == sorted((r.noise > r.change for r in ladder), reverse=True)
     assert 1e-4 < best.epsilon < 2e-2
@@ -137,14 +228,14 @@ def test_16_bit_weights_need_a_larger_epsilon():
     for dtype in (torch.float32, torch.bfloat16):
         evaluator = Copy(MeZO(model.to(dtype).named_parameters()).space)
         evaluate = evaluator(lambda dtype=dtype: F.cross_entropy(model(x.to(dtype)).float(), y, reduction="none"))
-        ladder = climb(evaluate, noise_floor(evaluate, seed=1), seed=1, num_directions=4)
+        ladder = climb(evaluate, noise_floors(evaluate, seed=1), seed=1, num_directions=4)
         smallest[dtype] = min(rung.epsilon for rung in ladder if rung.usable)
     assert smallest[torch.bfloat16] >= 10 * smallest[torch.float32]
 
 
 def test_a_step_like_reward_shows_its_ties():
     steps = ClosedForm(Gaussian(), torch.zeros(4, dtype=torch.float64), lambda x: torch.round(20 * x).sum())
-    ladder = climb(steps, 0.0, seed=1)
+    ladder = climb(steps, [0.0] * 9, seed=1)
     assert ladder[0].tie_fraction == 1.0
     assert ladder[-1].tie_fraction < 0.5
     assert best_rung(ladder).tie_fraction < 0.5
@@ -187,7 +278,7 @@ def test_everything_is_measured_in_so_many_probes(tuning: Tuning):
     batches = batches_of(1.0, 0.25)
     assert measure(batches, seed=1, num_directions=16) == tuning  # a pure function
     assert tuning.probes == sum(len(points) for batch in batches for points in batch.rounds)
-    assert tuning.probes == 36 + 145 + 6 * 16 + 1 + 32 * 4
+    assert tuning.probes == 73 + 145 + 6 * 16 + 1 + 32 * 4
     assert tuning.curvature.trace == pytest.approx(20, rel=0.2)
     assert tuning.curvature.effective_rank == pytest.approx(200, rel=0.4)
 
@@ -197,7 +288,11 @@ def test_the_advice_follows_from_the_measurements(tuning: Tuning):
     assert (epsilon.option, lr.option, what.option, what.value) == ("epsilon", "lr", "raise", "queries")
     assert float(epsilon.value) == pytest.approx(tuning.best.epsilon, rel=1e-2)
     ratio = tuning.batches.ratio
-    assert float(lr.value) == pytest.approx(1 / (tuning.curvature.trace * (1 + 1 / ratio)), rel=1e-2)
+    curvature = tuning.curvature
+    steepest = curvature.trace + 2 * curvature.trace_error + 2 * curvature.largest_eigenvalue
+    assert float(lr.value) == pytest.approx(1 / (steepest * (1 + 1 / ratio)), rel=1e-2)
+    most = steepest / curvature.largest_eigenvalue
+    assert f"q directions allow {most:.3g} q / ({most - 1:.3g} + q) times that" in lr.reason
 
 
 def test_the_learning_rate_that_is_recommended_is_the_best_one():

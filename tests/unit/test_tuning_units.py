@@ -26,7 +26,7 @@ from mezo_lightning.evaluators import Copy
 from mezo_lightning.flipout import Flipout
 from mezo_lightning.optimizer import MeZO
 from mezo_lightning.samplers import Gaussian, LaneSampler, Rademacher, Sampler
-from mezo_lightning.scaled import Scaled
+from mezo_lightning.scaled import Scaled, ScaledByNorm
 from mezo_lightning.sparse import Sparse
 from mezo_lightning.structured import LowRank, Subset
 from mezo_lightning.transforms import Chain, Clip, Identity, Sign, Standardize, Transform
@@ -139,6 +139,7 @@ def test_rules_with_other_units_are_advised_a_size_of_step(tuning: Tuning, parts
         (Subset(), "Gaussian()", False),
         (Sparse(), "Gaussian()", False),
         (Scaled({"[a-z]+": 2}), "Gaussian()", False),
+        (ScaledByNorm(), "Gaussian()", False),
         (Flipout(Scaled({"layers": 2})), "Gaussian()", False),
     ],
     ids=str,
