@@ -28,6 +28,7 @@ from mezo_lightning.samplers import derive_seed
 from mezo_lightning.steps import Point, round_coefficient
 
 EPSILONS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FEWEST_DIRECTIONS = 8
 _LINE = 8  # points on a line, for the noise floor, beside the point that all lines share
 _DEGREE = 4  # of the polynomial on it
 MANY_TIES = 0.5  # of the samples: an epsilon at which more of them tie says little
@@ -181,8 +182,8 @@ def measure(
     """
     if len(batches) < 2:
         raise ValueError(f"batches: {len(batches)} given, but at least 2 are needed to tell signal from noise")
-    if num_directions < 8:
-        raise ValueError(f"num_directions={num_directions} must be at least 8")
+    if num_directions < FEWEST_DIRECTIONS:
+        raise ValueError(f"num_directions={num_directions} must be at least {FEWEST_DIRECTIONS}")
     if len(epsilons) < 3 or list(epsilons) != sorted(set(epsilons)) or epsilons[0] <= 0:
         raise ValueError(f"epsilons={list(epsilons)} must be at least three positive numbers in ascending order")
     seeds = [derive_seed(seed, purpose) for purpose in range(4)]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -39,6 +40,18 @@ def advise(tuning: Tuning, units: Units = _PLAIN) -> tuple[Advice, ...]:
         units: Of the run; where its learning rate is not in those of plain MeZO, the size of a step is advised instead.
     """
     return _epsilon(tuning), _learning_rate(tuning, units), _what_to_raise(tuning)
+
+
+def options(tuning: Tuning, units: Units = _PLAIN) -> str:
+    """What is advised, as options of ``mezo fit``; what it has no option or no number for is left out.
+
+    Args:
+        tuning: The measurements.
+        units: Of the run.
+    """
+    paths = {"epsilon": "model.estimator.init_args.epsilon", "lr": "model.optimizer.init_args.lr"}
+    known = [one for one in advise(tuning, units) if one.option in paths and one.value != "n/a"]
+    return " ".join(f"--{paths[one.option]} {one.value}" for one in known)
 
 
 def table(tuning: Tuning, units: Units = _PLAIN) -> Table:
@@ -165,10 +178,11 @@ def _learning_rate(tuning: Tuning, units: Units) -> Advice:
         more = "Try larger ones too"
     if units.other_units:
         parts = " and ".join(f"`{part}`" for part in units.other_units)
+        queries = _of_queries(curvature, "sqrt(q)")
         reason = (
             f"root mean square change of a weight by plain MeZO's lr ({best}). With {parts} the same lr makes other "
-            "steps: choose one with which each estimate moves the weights about that far in all (`update_rms` in the "
-            f"logs); q directions allow {_of_queries(curvature, 'sqrt(q)')} times that. {more}"
+            "steps: choose one with which each estimate moves the weights about that far in all (the log has it as "
+            f"`update_rms`, where it is known); q directions allow {queries} times that. {more}"
         )
         return Advice("RMS step, not lr", step, reason)
     queries = _of_queries(curvature, "q")
@@ -215,12 +229,12 @@ def _draw_ladder(axes: Axes, tuning: Tuning) -> None:
         return [getattr(rung, of) / rung.slope if rung.slope else math.nan for rung in tuning.ladder]
 
     epsilons = [rung.epsilon for rung in tuning.ladder]
+    axes.loglog(epsilons, shares("error"), "o-", color=_BLUE, linewidth=4, alpha=0.4, label="both")
     axes.loglog(epsilons, shares("noise"), "--", color=_GREY, label="noise floor")
     axes.loglog(epsilons, shares("change"), ":", color=_ORANGE, linewidth=2, label="change to the next epsilon")
-    axes.loglog(epsilons, shares("error"), "o-", color=_BLUE, label="both")
     axes.axhline(0.5, color=_GREY, linewidth=0.8)
     axes.annotate("usable below", (epsilons[0], 0.5), (0, -3), textcoords="offset points", va="top", color=_GREY)
-    axes.axvline(tuning.best.epsilon, color=_BLUE, linewidth=6, alpha=0.15)
+    axes.axvline(tuning.best.epsilon, color=_BLUE, linewidth=6, alpha=0.15, label="advised")
     axes.set(title="Error of a slope, as a share of it", xlabel="epsilon")
     axes.set_ylim(top=max(10.0, axes.get_ylim()[0] * 10))
     axes.legend(frameon=False)
@@ -231,6 +245,8 @@ def _draw_curvature(axes: Axes, curvature: Curvature) -> None:
     axes.axvline(curvature.trace, color=_ORANGE, linewidth=2)
     rank = f"effective rank {_number(curvature.effective_rank)}"
     axes.set(title=f"Curvature along directions: {rank}", xlabel="z' H z; the line is their mean, tr(H)")
+    axes.set_ylabel("directions")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_batches(axes: Axes, batches: BatchNoise) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from rich.text import Text
 
 from mezo_lightning.data import PromptDataModule
 from mezo_lightning.data.batch import Batch
@@ -27,8 +28,8 @@ from mezo_lightning.probes import Probe
 from mezo_lightning.reporting.terminal import write
 from mezo_lightning.sharding.streaming import progress_bar
 from mezo_lightning.startup import fp32_by_default
-from mezo_lightning.tuning.measuring import Tuning, count_probes, measure
-from mezo_lightning.tuning.report import advise, picture, table
+from mezo_lightning.tuning.measuring import FEWEST_DIRECTIONS, Tuning, count_probes, measure
+from mezo_lightning.tuning.report import advise, options, picture, table
 from mezo_lightning.tuning.units import Units, independent, units_of
 
 
@@ -44,21 +45,26 @@ class TuningTrainer(Trainer):
             model: The run's module.
             datamodule: The run's data.
             num_batches: How many training batches are compared with one another.
-            num_directions: Random directions for the curvature; each costs six forward passes over a batch.
+            num_directions: Random directions for the curvature, at least 8; each costs six forward passes over a batch.
 
         Raises:
             ValueError: If there are too few rows or several processes, or the objective has no values.
         """
         if self.world_size > 1:
             raise ValueError(f"tune measures on one process, not on {self.world_size}: set trainer.devices to 1")
+        if num_directions < FEWEST_DIRECTIONS:
+            raise ValueError(f"num_directions={num_directions} must be at least {FEWEST_DIRECTIONS}")
         datamodule.setup("fit")
         batches = _first_batches(datamodule, num_batches)
         total = count_probes(num_batches, num_directions)
         with progress_bar(f"{total} passes over {len(batches[0])} rows", total) as advance:
             evaluates, units = _evaluates(self, model, batches, partial(advance, 1))
             tuning = measure(evaluates, seed=model.seed, num_directions=num_directions)
+        folder = Path(self.default_root_dir)
+        _save(tuning, units, folder)
         write(table(tuning, units))
-        _save(tuning, units, Path(self.default_root_dir))
+        for line in (f"options: {options(tuning, units)}", f"picture: {folder / 'tuning.png'}"):
+            write(Text(line, no_wrap=True, overflow="ignore"))
         return tuning
 
 

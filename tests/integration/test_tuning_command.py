@@ -33,6 +33,12 @@ def test_too_few_rows_are_refused(num_batches: int, message: str, opt: Path, row
         trainer(tmp_path).tune(module_of(opt), data_of(rows), num_batches=num_batches)
 
 
+def test_too_few_directions_are_refused_before_anything_is_loaded(tmp_path: Path):
+    nowhere = module_of(tmp_path / "no model")
+    with pytest.raises(ValueError, match="num_directions=7 must be at least 8"):
+        trainer(tmp_path).tune(nowhere, data_of(tmp_path / "no rows"), num_directions=7)
+
+
 @pytest.mark.slow
 def test_directions_of_the_measurements_are_independent_of_the_run_and_its_lr_has_its_own_units(
     opt: Path, rows: Path, tmp_path: Path
@@ -78,6 +84,8 @@ def test_the_command_takes_the_configuration_of_a_run_and_changes_nothing(
     assert_same(weights(model_of(command.model)), weights(Pretrained(str(opt)).load()))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["tuning.json", "tuning.png"]
     assert (tmp_path / "run" / "tuning.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert f"picture: {tmp_path / 'run' / 'tuning.png'}\n" in printed
     kept = json.loads((tmp_path / "run" / "tuning.json").read_text())
     assert kept["probes"] == count_probes(2, 8)
     assert 0 < kept["ladder"][0]["noise_floor"] < 1e-5  # of a loss in fp32
@@ -85,4 +93,5 @@ def test_the_command_takes_the_configuration_of_a_run_and_changes_nothing(
     epsilon, *others = kept["advice"]
     assert 1e-3 <= float(epsilon["value"]) <= 1e-1
     assert [advice["option"] for advice in others] == ["lr", "raise"]
-    assert "effective rank" in capsys.readouterr().out
+    assert "effective rank" in printed
+    assert f"options: --model.estimator.init_args.epsilon {epsilon['value']}" in printed
