@@ -24,11 +24,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from mezo_lightning.estimators import Estimator
 from mezo_lightning.reporting import terminal
 from mezo_lightning.reporting.outcome import flat_note, is_flat, judge
 from mezo_lightning.reporting.records import RunInfo, RunRecords, StepRecord, ValidationRecord
 from mezo_lightning.reporting.redaction import redact_command
 from mezo_lightning.reporting.report import sample_pairs, write_report
+from mezo_lightning.transforms import Identity
 
 _VALIDATION_PREFIX = "val/"
 _PACKAGES = ("mezo-lightning", "torch", "lightning", "transformers")
@@ -176,6 +178,7 @@ class RunRecorder(_TrainingCallback):
         describes = isinstance(pl_module, DescribesItsModel)
         parameters, trainable = pl_module.parameter_counts if describes else _parameter_counts(pl_module)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        scalar_meaning, one_slope = _scalars(pl_module)
         records.write_info(
             RunInfo(
                 command=shlex.join(redact_command([Path(sys.argv[0]).name, *sys.argv[1:]])),
@@ -193,6 +196,8 @@ class RunRecorder(_TrainingCallback):
                 wall_seconds=self._seconds(),
                 peak_memory_bytes=max(_peak_memory(trainer), earlier.peak_memory_bytes if earlier else 0),
                 notes=notes,
+                scalar_meaning=scalar_meaning,
+                one_slope=one_slope,
             )
         )
 
@@ -272,9 +277,9 @@ class ReportWriter(_TrainingCallback):
 
 
 def _report(records: RunRecords) -> None:
-    path = write_report(records.folder)
-    outcome = judge(records.steps(), records.validations(), records.info())
-    terminal.write(terminal.closing(outcome, path, _replay_command(records.folder)))
+    path, steps = write_report(records.folder), records.steps()
+    outcome = judge(steps, records.validations(), records.info())
+    terminal.write(terminal.closing(outcome, path, _replay_command(records.folder) if steps else None))
 
 
 def _records(trainer: Trainer) -> RunRecords:
@@ -290,6 +295,15 @@ def _records_validation(trainer: Trainer) -> bool:
 
 def _replay_command(folder: Path) -> str:
     return shlex.join(["mezo", "replay", "--trajectory", str(folder), "--output", str(folder / "replayed")])
+
+
+def _scalars(module: LightningModule) -> tuple[str | None, bool]:
+    """What a projected gradient of the module is, and whether those of a step are one slope."""
+    estimator, transform = getattr(module, "estimator", None), getattr(module, "transform", None)
+    if not isinstance(estimator, Estimator):
+        return None, False
+    left = "" if transform is None or isinstance(transform, Identity) else f" Shown as transform={transform} left it."
+    return estimator.scalar_meaning + left, estimator.one_slope
 
 
 def _parameter_counts(module: LightningModule) -> tuple[int, int]:

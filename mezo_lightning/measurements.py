@@ -82,9 +82,9 @@ def sample_records(batch: Batch, samples: Samples, step: int) -> list[SampleReco
     metrics = {name: values.tolist() for name, values in samples.metrics.items()}
     figures = [{name: float(values[row]) for name, values in metrics.items()} for row in range(len(batch))]
     notes = [dict(note) for note in samples.notes or ({},) * len(batch)]
-    return [
-        SampleRecord(step, *row) for row in zip(batch.index, batch.prompts, completions, figures, notes, strict=True)
-    ]
+    targets = batch.targets or (None,) * len(batch)
+    rows = zip(batch.index, batch.prompts, completions, figures, notes, targets, strict=True)
+    return [SampleRecord(step, *row) for row in rows]
 
 
 def means(batch: Batch, samples: Samples, tally: Tally) -> Iterator[tuple[str, Tensor | float, int]]:

@@ -26,6 +26,16 @@ class Estimator(ABC):
         return True
 
     @property
+    def scalar_meaning(self) -> str:
+        """What one of its projected gradients is: a sentence for people who read a report."""
+        return "What the estimate multiplies a direction by."
+
+    @property
+    def one_slope(self) -> bool:
+        """Whether the projected gradients of a step are all one slope, with the signs of the terms of its direction."""
+        return False
+
+    @property
     def by_row(self) -> bool:
         """Whether each row of a batch is probed along a direction of its own, by a process that holds all weights."""
         return False

@@ -27,6 +27,10 @@ class CentralDifference(Estimator):
     def __post_init__(self) -> None:
         check_probes(self.epsilon, self.num_queries)
 
+    @property
+    def scalar_meaning(self) -> str:
+        return "How fast the objective changes along a random direction: (at +epsilon, less at -epsilon) / 2 epsilon."
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         epsilon = round_coefficient(self.epsilon)
         probes = Antithetic.of(seed, epsilon, self.num_queries)

@@ -38,6 +38,10 @@ class Comparison(Estimator):
     def needs_values(self) -> bool:
         return False
 
+    @property
+    def scalar_meaning(self) -> str:
+        return "The mean vote of the samples along a random direction: -1 where all of them are better at +epsilon."
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         probes = Antithetic.of(seed, self.epsilon, self.num_queries)
         evaluation = evaluate(probes.points).compared(probes.pairs)

@@ -64,6 +64,17 @@ class Cone(Estimator):
             )
         return _Aimed(self.epsilon, self.angle, optimizer.update.momentum(optimizer.memory))
 
+    @property
+    def scalar_meaning(self) -> str:
+        return (
+            "How fast the objective changes along a direction that leans towards the momentum: (at +epsilon, less at "
+            "-epsilon) / 2 epsilon; one slope a step."
+        )
+
+    @property
+    def one_slope(self) -> bool:
+        return True
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         """As at the first step: around a momentum it is ``knowing(optimizer)`` that estimates."""
         return _Aimed(self.epsilon, self.angle).estimate(evaluate, seed=seed)

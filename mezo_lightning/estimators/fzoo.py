@@ -34,6 +34,13 @@ class FZOO(Estimator):
     def __post_init__(self) -> None:
         check_probes(self.epsilon, self.num_queries, least=2)
 
+    @property
+    def scalar_meaning(self) -> str:
+        return (
+            "How much the objective differs at +epsilon along a random direction from what it is at the weights, in "
+            "standard deviations of the step's probes."
+        )
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         estimate = ForwardDifference(self.epsilon, self.num_queries).estimate(evaluate, seed=seed)
         if estimate.skipped or estimate.evaluation is None:

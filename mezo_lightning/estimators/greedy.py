@@ -33,6 +33,13 @@ class GreedyDirection(Estimator):
         check_epsilon(self.epsilon)
         check_count("pool_size", self.pool_size, 2)
 
+    @property
+    def scalar_meaning(self) -> str:
+        return (
+            "How fast the objective changes along the best candidate direction: (at +epsilon, less at -epsilon) / "
+            "2 epsilon; one slope a step."
+        )
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         epsilon = round_coefficient(self.epsilon)
         pool = Pool.of(evaluate, seed, epsilon, self.pool_size)

@@ -64,6 +64,13 @@ class GRZO(Estimator):
             )
         return self
 
+    @property
+    def scalar_meaning(self) -> str:
+        slope = "How fast the objective of a row changes along a direction of its own: "
+        if self.normalize:
+            return f"{slope}at +epsilon, less at -epsilon, over 2 epsilon times the standard deviation of the rows."
+        return f"{slope}(at +epsilon, less at -epsilon) / 2 epsilon."
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         epsilon = round_coefficient(self.epsilon)
         evaluation = evaluate([RowPoint(seed, epsilon, "rows+"), RowPoint(seed, -epsilon, "rows-")])

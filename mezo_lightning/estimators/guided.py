@@ -43,6 +43,17 @@ class GuidingVector(Estimator):
         check_epsilon(self.epsilon)
         check_count("pool_size", self.pool_size, 2, even=True)
 
+    @property
+    def scalar_meaning(self) -> str:
+        return (
+            "How fast the objective changes along the guiding vector: (at +epsilon, less at -epsilon) / 2 epsilon; one "
+            "slope a step."
+        )
+
+    @property
+    def one_slope(self) -> bool:
+        return True
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         epsilon, half = round_coefficient(self.epsilon), self.pool_size // 2
         pool = Pool.of(evaluate, seed, epsilon, self.pool_size)

@@ -31,6 +31,10 @@ class ForwardDifference(Estimator):
     def __post_init__(self) -> None:
         check_probes(self.epsilon, self.num_queries)
 
+    @property
+    def scalar_meaning(self) -> str:
+        return "How fast the objective changes along a random direction: (at +epsilon, less at the weights) / epsilon."
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         epsilon = round_coefficient(self.epsilon)
         seeds = tuple(derive_seed(seed, query) for query in range(self.num_queries))

@@ -47,6 +47,12 @@ class Population(Estimator):
         if self.fitness not in ("z_score", "centered_rank"):
             raise ValueError(f"fitness={self.fitness!r} must be 'z_score' or 'centered_rank'")
 
+    @property
+    def scalar_meaning(self) -> str:
+        weight = "z-score" if self.fitness == "z_score" else "centred rank"
+        less = ", less that of the member on the other side" if self.antithetic else ""
+        return f"The {weight} of the objective of a member of the population{less}."
+
     def estimate(self, evaluate: Evaluate, *, seed: int) -> GradientEstimate:
         epsilon, ways = round_coefficient(self.epsilon), (1.0, -1.0) if self.antithetic else (1.0,)
         seeds = tuple(derive_seed(seed, query) for query in range(self.population_size // len(ways)))

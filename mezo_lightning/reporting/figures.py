@@ -79,9 +79,9 @@ def curve(
         return _svg(figure)
 
 
-def gradient_histogram(steps: Sequence[StepRecord], *, width: int, height: int) -> str:
+def gradient_histogram(projected_grads: Sequence[float], *, width: int, height: int) -> str:
     """How the projected gradients are spread; the outermost bars hold everything beyond the 1st and 99th percentile."""
-    values = np.array([g for s in steps if s.skipped is None for g in s.projected_grads if math.isfinite(g)])
+    values = np.array([g for g in projected_grads if math.isfinite(g)])
     with _Drawing(width, height) as (figure, axes):
         reach = float(np.percentile(np.abs(values), 99)) if len(values) else 1.0
         reach = reach or 1.0

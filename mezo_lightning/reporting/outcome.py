@@ -17,6 +17,7 @@ from mezo_lightning.reporting.records import RunInfo, StepRecord, ValidationReco
 # The figure that a run is judged by: the first of these that was recorded. True: more is better.
 HEADLINE_METRICS = {"reward": True, "win_rate": True, "accuracy": True, "objective": False, "loss": False}
 _SHARES = ("reward", "win_rate", "accuracy")  # where they are: a reward may have any range
+_A_PERSON_SEES = 0.05  # a difference between two shares that looks like a change
 FLAT_ADVICE = (
     "What may help: a larger epsilon, sampled completions (temperature > 0), a larger batch or more queries, "
     "a prompt on which the model's answers already vary, a reward with degrees instead of right or wrong, "
@@ -35,7 +36,7 @@ class Outcome:
     metric: str | None
     """Name of the figure the run is judged by; None where nothing was recorded."""
     label: str
-    """What a person calls it: F1, not reward, where F1 is the only reward."""
+    """What a person calls it: F1, not reward, where F1 is the only reward; loss, where nothing else is minimised."""
     maximise: bool
     before: ValidationRecord | None
     after: ValidationRecord | None
@@ -63,6 +64,7 @@ def judge(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord], 
             *(info.notes if info else ()),
             *_step_notes(steps, bool(measured)),
             *_validation_notes(metric, maximise, label, measured, before),
+            *_chance_notes(metric, label, before, after),
         ),
     )
 
@@ -125,6 +127,8 @@ def _label(metric: str | None, steps: Sequence[StepRecord], validations: Sequenc
     if metric == "reward" and len(parts) == 1 and last[parts[0]] == last.get("reward"):
         name = parts[0].removeprefix("rewards/").replace("_", " ")
         return name.upper() if len(name) <= 3 else name
+    if metric == "objective" and math.isclose(last.get("objective", math.nan), last.get("loss", math.nan)):
+        return "loss"
     return metric or "objective"
 
 
@@ -151,11 +155,27 @@ def resolution(metric: str, one: ValidationRecord, other: ValidationRecord) -> f
     A win rate of 0.5 at the start is no estimate; but were the model no better now, each vote would be a coin's, whose
     variance is that of p = 0.5, and less with ties.
     """
-    values = (one.metrics[metric], other.metrics[metric])
-    rows = min((rows for record in (one, other) if (rows := rows_behind(record, metric))), default=0)
-    if metric in _SHARES and rows and all(0 <= value <= 1 for value in values):
+    values, rows = (one.metrics[metric], other.metrics[metric]), _fewest_rows(metric, one, other)
+    if rows and _are_shares(metric, *values):
         return 2 * math.sqrt(max(max(value * (1 - value) for value in values), 1 / rows) / rows)
     return 0.005 * max(abs(value) for value in values)
+
+
+def _are_shares(metric: str, *values: float) -> bool:
+    return metric in _SHARES and all(0 <= value <= 1 for value in values)
+
+
+def _fewest_rows(metric: str, *records: ValidationRecord) -> int:
+    """How many rows the smaller of some validations is over; 0 where that is not known."""
+    return min((rows for record in records if (rows := rows_behind(record, metric))), default=0)
+
+
+def _too_few_rows(metric: str, one: ValidationRecord, other: ValidationRecord) -> int | None:
+    """The number of rows, where more of them might have made a difference that a person sees one that counts."""
+    values = (one.metrics[metric], other.metrics[metric])
+    seen = _are_shares(metric, *values) and abs(values[0] - values[1]) >= _A_PERSON_SEES
+    hidden = abs(values[0] - values[1]) <= resolution(metric, one, other)
+    return _fewest_rows(metric, one, other) if seen and hidden else None
 
 
 def rows_behind(record: ValidationRecord, metric: str) -> int | None:
@@ -181,6 +201,8 @@ def _headline(
     if before is None:
         return f"Held-out {label} is {now}; what it was before training was not measured."
     was = number(before.metrics[metric])
+    if verdict == "unchanged" and (rows := _too_few_rows(metric, before, after)):
+        return f"Too few held-out rows ({rows}) to tell: {label} was {was} before and is {now} now."
     if verdict == "unchanged":
         return f"No measurable change: held-out {label} was {was} before and is {now} now."
     verb = "rose" if after.metrics[metric] > before.metrics[metric] else "fell"
@@ -249,6 +271,18 @@ def _validation_notes(
             f"{number(last.metrics[metric])}. A decaying learning rate or a checkpoint of the best step would keep it."
         )
     return notes
+
+
+def _chance_notes(
+    metric: str | None, label: str, before: ValidationRecord | None, after: ValidationRecord | None
+) -> list[str]:
+    if metric is None or before is None or after is None or not (rows := _too_few_rows(metric, before, after)):
+        return []
+    least = number(resolution(metric, before, after))
+    return [
+        f"With {rows} held-out rows, a difference in {label} of up to {least} can be chance: validate on more rows to "
+        "tell smaller ones."
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -46,7 +46,8 @@ class StepRecord:
     masks: list[list[list[int]]] = field(default_factory=list)
     """What was left out of each round of points, as pairs [row, component]; empty where nothing was. See `masks.py`."""
     update_rms: float | None = None
-    """Root mean square change of a tuned weight, see `Step.rms`; None where it is not known."""
+    """Root mean square change of a tuned weight, weight decay left out, see `MeZO.update_rms`; None where that is not
+    known."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class SampleRecord:
     metrics: dict[str, float]
     notes: dict[str, float | str] = field(default_factory=dict)
     """What rewards said of the completion beside their values, as `{reward}/{name}`."""
+    target: str | None = None
+    """The right continuation, where the data has one."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,10 @@ class RunInfo:
     peak_memory_bytes: int = 0
     notes: tuple[str, ...] = ()
     """Sentences for the report, such as why the run stopped."""
+    scalar_meaning: str | None = None
+    """What a projected gradient of this run is, see `Estimator`; None where nobody said."""
+    one_slope: bool = False
+    """Whether those of a step are one slope with the signs of several terms."""
 
 
 Record = StepRecord | ValidationRecord | SampleRecord
@@ -109,7 +116,7 @@ FILES: Mapping[type[Record], str] = {
 }
 INFO_FILE = "run.json"
 _NONE_MEANS_NONE = frozenset(
-    {"identical_fraction", "update_rms", "skipped", "rows", "planned_steps"}
+    {"identical_fraction", "update_rms", "skipped", "rows", "planned_steps", "target"}
 )  # elsewhere null was a NaN
 
 

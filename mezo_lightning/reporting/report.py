@@ -17,14 +17,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mezo_lightning.reporting import figures
-from mezo_lightning.reporting.outcome import Outcome, compares, is_flat, judge, number, rows_behind, training_value
+from mezo_lightning.reporting.outcome import (
+    HEADLINE_METRICS,
+    Outcome,
+    compares,
+    is_flat,
+    judge,
+    number,
+    rows_behind,
+    training_value,
+)
 from mezo_lightning.reporting.records import RunInfo, RunRecords, SampleRecord, StepRecord, ValidationRecord
 from mezo_lightning.reporting.redaction import redact
 
 REPORT_FILE = "report.html"
 _MAX_SAMPLES = 12
 _PROMPT_TAIL = 320
-_NOTE = 240
+_TEXT_HEAD = 240
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,20 @@ class SamplePair:
     """A validation row before training (or at the first validation there is) and at the last one."""
 
     prompt: str
+    target: str | None
+    """What should have been answered, where that is known."""
     before: str
     now: str | None
     """None where the row was completed only once."""
     notes_before: tuple[str, ...]
     """What rewards said of the completion."""
     notes_now: tuple[str, ...]
+    score_name: str
+    """What the scores are: a reward, a win rate, an accuracy, a loss."""
     score_before: str
     score_now: str
     direction: Literal["up", "down", "same"]
+    """Up is for the better: a loss that fell."""
 
     @property
     def better(self) -> str:
@@ -94,11 +108,13 @@ def write_report(run_dir: str | Path) -> Path:
         info=info,
         run_name=folder.resolve().name,
         tiles=_tiles(folder, steps, outcome, info),
-        charts=_charts(steps, validations, outcome),
+        charts=_charts(steps, validations, outcome, info),
         samples=sample_pairs(records.samples(), outcome.metric)[:_MAX_SAMPLES],
         trajectory=_trajectory(folder, steps),
         config=_config(folder),
+        replayable=bool(steps),
         prompt_tail=prompt_tail,
+        text_head=text_head,
     )
     path = folder / REPORT_FILE
     path.write_text(page, encoding="utf-8")
@@ -106,11 +122,13 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def sample_pairs(samples: Sequence[SampleRecord], metric: str | None) -> list[SamplePair]:
-    """Each sampled row at its first and its last validation."""
+    """Each sampled row at its first and its last validation; none where there is nothing to show but prompts."""
     rows: dict[int, list[SampleRecord]] = {}
     for sample in samples:
         rows.setdefault(sample.index, []).append(sample)
-    return [_pair(row[0], row[-1], metric) for row in rows.values()]
+    pairs = [_pair(row[0], row[-1], metric) for row in rows.values()]
+    told = any(pair.before or pair.now or (pair.score_before, pair.score_now) != ("none", "none") for pair in pairs)
+    return pairs if told else []
 
 
 def prompt_tail(prompt: str, length: int = _PROMPT_TAIL) -> str:
@@ -120,10 +138,14 @@ def prompt_tail(prompt: str, length: int = _PROMPT_TAIL) -> str:
     return "… " + prompt[-length:].split(" ", 1)[-1]
 
 
+def text_head(text: str, length: int = _TEXT_HEAD) -> str:
+    """The beginning of a text that may be long."""
+    return text if len(text) <= length else text[:length] + " …"
+
+
 def note_text(name: str, note: float | str) -> str:
     """What a reward said beside a value, cut where it is long."""
-    text = note if isinstance(note, str) else number(note)
-    return f"{name}: {text if len(text) <= _NOTE else text[:_NOTE] + ' …'}"
+    return f"{name}: {text_head(note if isinstance(note, str) else number(note))}"
 
 
 def duration(seconds: float) -> str:
@@ -144,18 +166,20 @@ def size(count: float) -> str:
 
 
 def _pair(first: SampleRecord, last: SampleRecord, metric: str | None) -> SamplePair:
-    name = "reward" if "reward" in first.metrics else metric or ""
+    name = next((name for name in ("reward", metric, "loss") if name in first.metrics), "")
     was, now = first.metrics.get(name, math.nan), last.metrics.get(name, math.nan)
-    scored = math.isfinite(was) and math.isfinite(now) and name in ("reward", "win_rate", "accuracy")
+    judged = math.isfinite(was) and math.isfinite(now) and name in HEADLINE_METRICS and _score(was) != _score(now)
     return SamplePair(
         prompt=first.prompt,
+        target=None if first.target is None else first.target.strip(),
         before=first.completion,
         now=last.completion if last.step > first.step else None,
         notes_before=_notes(first),
         notes_now=_notes(last),
+        score_name=name,
         score_before=_score(was),
         score_now=_score(now),
-        direction="same" if not scored or was == now else "up" if now > was else "down",
+        direction="same" if not judged else "up" if (now > was) == HEADLINE_METRICS[name] else "down",
     )
 
 
@@ -201,7 +225,9 @@ def _rows(record: ValidationRecord | None, metric: str) -> str:
     return f"{rows:,}" if rows == record.rows else f"{rows:,} of {record.rows:,}"
 
 
-def _charts(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord], outcome: Outcome) -> list[Chart]:
+def _charts(
+    steps: Sequence[StepRecord], validations: Sequence[ValidationRecord], outcome: Outcome, info: RunInfo | None
+) -> list[Chart]:
     charts: list[Chart | None] = []
     shown = {outcome.metric: outcome.label} if outcome.metric else {}
     if outcome.metric == "accuracy":
@@ -211,14 +237,20 @@ def _charts(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord]
     for metric, label in shown.items():
         charts.append(_curve(steps, validations, metric, label))
     if steps:
-        charts += [_histogram(steps), _ties(steps)]
+        charts += [_histogram(steps, info), _ties(steps)]
     return [chart for chart in charts if chart is not None]
 
 
-def _curve(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord], metric: str, label: str) -> Chart:
+def _curve(
+    steps: Sequence[StepRecord], validations: Sequence[ValidationRecord], metric: str, label: str
+) -> Chart | None:
+    trained = {step.step for step in steps if step.skipped is None and math.isfinite(training_value(step, metric))}
+    measured = {one.step for one in validations if math.isfinite(one.metrics.get(metric, math.nan))}
+    if len(trained | measured) < 2:  # one dot is no curve
+        return None
     wide, narrow = (figures.curve(steps, validations, metric, width=w, height=h) for w, h in ((1000, 340), (380, 280)))
     keys = [("--accent", "line", "held-out rows")]
-    if any(math.isfinite(training_value(step, metric)) for step in steps):
+    if trained:
         keys.append(("--train", "line", "training batches, running mean"))
     return Chart(
         title=f"{label[0].upper()}{label[1:]} over the steps",
@@ -230,15 +262,14 @@ def _curve(steps: Sequence[StepRecord], validations: Sequence[ValidationRecord],
     )
 
 
-def _histogram(steps: Sequence[StepRecord]) -> Chart | None:
-    values = [value for step in steps if step.skipped is None for value in step.projected_grads]
+def _histogram(steps: Sequence[StepRecord], info: RunInfo | None) -> Chart | None:
+    of_a_step = slice(1 if info is not None and info.one_slope else None)
+    values = [value for step in steps if step.skipped is None for value in step.projected_grads[of_a_step]]
     if not values:
         return None
     zero = sum(value == 0 for value in values)
-    drawing = Markup(figures.gradient_histogram(steps, width=480, height=280))
-    what = "How fast the objective changes along a random direction: (at +epsilon, less at -epsilon) / 2 epsilon."
-    if compares(steps):
-        what = "The mean vote along a random direction: -1 where all prefer what was written at +epsilon."
+    drawing = Markup(figures.gradient_histogram(values, width=480, height=280))
+    what = info.scalar_meaning if info is not None and info.scalar_meaning else "What a step multiplied directions by."
     shown = f"{len(values):,} values, {zero:,} of them exactly 0; the outer bars hold all beyond the 99th percentile."
     return Chart("Projected gradients", (), f"{what} {shown}", drawing, drawing)
 

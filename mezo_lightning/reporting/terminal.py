@@ -19,10 +19,10 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mezo_lightning.reporting.outcome import Outcome
-from mezo_lightning.reporting.report import SamplePair, prompt_tail
+from mezo_lightning.reporting.report import SamplePair, prompt_tail, text_head
 
 _WIDTHS = (60, 140)  # below, tables break; above, the eye loses the line
-_PROMPT_TAIL = 110
+_TEXT = 110
 _COLOURS = {"up": "green", "down": "red", "same": "default"}
 
 
@@ -46,7 +46,7 @@ def write(renderable: RenderableType) -> None:
 
 
 def sample_table(pairs: Sequence[SamplePair], title: str) -> Table:
-    """Prompt, completion before, completion now, score."""
+    """Prompt, completion before, completion now, score; where nothing is completed, the target and its loss."""
     twice = any(pair.now is not None for pair in pairs)
     completed = any(pair.before or pair.now for pair in pairs)  # a loss of targets completes nothing
     table = Table(
@@ -57,15 +57,20 @@ def sample_table(pairs: Sequence[SamplePair], title: str) -> Table:
         table.add_column("before" if twice else "completion", ratio=3, overflow="fold")
     if completed and twice:
         table.add_column("now", ratio=3, overflow="fold")
+    aimed = not completed and any(pair.target is not None for pair in pairs)
+    if aimed:
+        table.add_column("target", ratio=3, overflow="fold")
     scored = any(pair.score_before != "none" for pair in pairs)  # votes are no scores
     if scored:
-        table.add_column("score", no_wrap=True, justify="right")
+        table.add_column("loss" if pairs[0].score_name == "loss" else "score", no_wrap=True, justify="right")
     for pair in pairs:
-        row = [Text(visible(prompt_tail(pair.prompt, _PROMPT_TAIL)))]
+        row = [Text(visible(prompt_tail(pair.prompt, _TEXT)))]
         if completed:
             row.append(Text(visible(pair.before)))
         if completed and twice:
             row.append(Text(visible(pair.now or ""), style="bold" if pair.now != pair.before else ""))
+        if aimed:
+            row.append(Text(visible(text_head(pair.target or "", _TEXT))))
         if scored:
             score = pair.score_before if pair.now is None else f"{pair.score_before} > {pair.score_now}"
             row.append(Text(score, style=_COLOURS[pair.direction]))
@@ -78,13 +83,14 @@ def warning(text: str) -> Panel:
     return Panel(Text(visible(text)), title="warning", title_align="left", border_style="yellow", box=box.SQUARE)
 
 
-def closing(outcome: Outcome, report: Path, replay_command: str) -> Group:
-    """The last words of a run: what happened, where to read more, how to get the weights again."""
+def closing(outcome: Outcome, report: Path, replay_command: str | None) -> Group:
+    """The last words of a run: what happened, where to read more, how to get the weights again if they changed."""
     style = {"better": "bold green", "worse": "bold red", "nothing": "bold red"}.get(outcome.verdict, "bold")
     lines = [Text(visible(outcome.headline), style=style)]
     lines += [Text(f"- {visible(note)}") for note in outcome.notes]
     lines += [Text(f"report: {report}", no_wrap=True, overflow="ignore")]
-    lines += [Text(f"replay: {replay_command}", no_wrap=True, overflow="ignore")]
+    if replay_command is not None:
+        lines += [Text(f"replay: {replay_command}", no_wrap=True, overflow="ignore")]
     return Group(Text(""), *lines)
 
 

@@ -13,10 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from mezo_lightning.callbacks import FlatRewardWarning, ReportWriter, RunRecorder, SampleTable
+from mezo_lightning.estimators import GuidingVector
 from mezo_lightning.reporting import terminal
 from mezo_lightning.reporting.outcome import judge
 from mezo_lightning.reporting.records import RunRecords, SampleRecord, StepRecord
 from mezo_lightning.reporting.report import sample_pairs
+from mezo_lightning.transforms import Clip, Identity
 
 pytestmark = pytest.mark.filterwarnings(  # Lightning's own
     "ignore:.*LeafSpec.*",
@@ -111,6 +113,7 @@ def test_a_run_writes_its_steps_validations_samples_and_facts(tmp_path):
     ]
     info = records.info()
     assert info is not None
+    assert info.scalar_meaning is None  # a module without an estimator
     assert (info.status, info.model, info.steps, info.planned_steps) == ("finished", "toy/one-weight", 5, 5)
     assert (info.parameters, info.trainable_parameters, info.dtype) == (4, 1, "float32")
     assert info.wall_seconds >= steps[-1].seconds
@@ -200,6 +203,13 @@ def test_a_failed_run_has_a_report_and_still_fails(tmp_path):
     assert "the judge is gone" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("stop_at", [0, 1])
+def test_only_a_run_with_a_step_is_offered_a_replay(tmp_path, capsys, stop_at):
+    with pytest.raises(RuntimeError, match="the judge is gone"):
+        run(tmp_path, Toy(stop_at=stop_at, error=RuntimeError("the judge is gone")), 6, ReportWriter())
+    assert ("mezo replay" in capsys.readouterr().out) == (stop_at > 0)
+
+
 def test_a_report_that_fails_does_not_hide_the_error(tmp_path, capsys):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(RuntimeError, match="the judge is gone"):
@@ -240,6 +250,28 @@ def test_where_nothing_is_completed_the_table_has_scores_only(capsys):
     out = capsys.readouterr().out
     assert "0.00 > 1.00" in out
     assert "before" not in out
+
+
+def test_a_loss_of_targets_has_a_table_with_the_targets(capsys):
+    samples = [SampleRecord(step, 0, "p", "", {"loss": 2.0 - step}, target=" right\n") for step in (0, 1)]
+    terminal.write(terminal.sample_table(sample_pairs(samples, "objective"), "step 1"))
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("target", " right ", "loss", "2.00 > 1.00"))
+    assert "before" not in out
+
+
+@pytest.mark.parametrize(
+    ("transform", "end"), [(Identity(), "a step."), (Clip(2.0), "transform=Clip(limit=2.0) left it.")]
+)
+def test_what_a_projected_gradient_is_stands_in_the_facts(tmp_path, transform, end):
+    model, estimator = Toy(), GuidingVector()
+    model.estimator, model.transform = estimator, transform
+    info = run(tmp_path, model, 1)[1].info()
+    assert info is not None
+    assert info.one_slope
+    assert info.scalar_meaning is not None
+    assert info.scalar_meaning.startswith(estimator.scalar_meaning)
+    assert info.scalar_meaning.endswith(end)
 
 
 @pytest.mark.slow

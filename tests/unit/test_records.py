@@ -39,6 +39,8 @@ INFO = RunInfo(
     started="2026-01-01T00:00:00+00:00",
     replay_command="mezo replay",
     notes=("stopped",),
+    scalar_meaning="A slope.",
+    one_slope=True,
 )
 
 
@@ -47,15 +49,16 @@ def test_records_come_back_as_they_went(tmp_path):
     steps = [step_record(1), step_record(2, skipped="non-finite objective", identical_fraction=None)]
     validation = ValidationRecord(0, 1.5, {"reward": 0.25}, rows=8)
     sample = SampleRecord(
-        0, 3, 'line\nbreak "quoted" \u2028 é \ud800', "", {"reward": 1.0}, {"f1/why": "é", "f1/n": 2.5}
+        0, 3, 'line\nbreak "quoted" \u2028 é \ud800', "", {"reward": 1.0}, {"f1/why": "é", "f1/n": 2.5}, target=" right"
     )
-    for record in (*steps, validation, sample):
+    untargeted = replace(sample, index=4, target=None)
+    for record in (*steps, validation, sample, untargeted):
         records.append(record)
     records.write_info(INFO)
     again = RunRecords(records.folder)
     assert again.steps() == steps
     assert again.validations() == [validation]
-    assert again.samples() == [sample]
+    assert again.samples() == [sample, untargeted]
     assert again.info() == INFO
 
 

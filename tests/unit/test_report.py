@@ -3,11 +3,13 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from mezo_lightning import GRZO, Population, estimators
 from mezo_lightning.reporting.outcome import headline_metric, judge, resolution
 from mezo_lightning.reporting.records import RunInfo, RunRecords, SampleRecord, StepRecord, ValidationRecord
 from mezo_lightning.reporting.redaction import redact, redact_command
@@ -78,7 +80,14 @@ VOTES = [vote(i) for i in range(1, 21)]
         (STEPS, losses(2.0, 1.995), "unchanged", "No measurable change"),
         (VOTES, win_rates(0.5, 0.7, 0.8), "better", "Held-out win rate against the start rose from 0.500 to 0.800."),
         (VOTES, win_rates(0.5, 0.3), "worse", "It got worse: held-out win rate against the start fell from 0.500"),
-        (VOTES, win_rates(0.5, 0.59), "unchanged", "No measurable change: held-out win rate against the start was"),
+        (VOTES, win_rates(0.5, 0.53), "unchanged", "No measurable change: held-out win rate against the start was"),
+        (
+            STEPS,
+            rewards(0.651, 0.505, rows=8),
+            "unchanged",
+            "Too few held-out rows (8) to tell: F1 was 0.651 before and is 0.505 now.",
+        ),
+        (STEPS, rewards(2.0, 2.009), "unchanged", "No measurable change: held-out F1 was 2.000"),  # no share
         (VOTES, [], "unknown", "20 steps taken, and not measured on held-out rows since"),
         (STEPS, [], "unknown", "20 steps taken, and not measured on held-out rows since"),
         (STEPS, rewards(0.4), "unknown", "20 steps taken, and not measured on held-out rows since"),
@@ -141,6 +150,7 @@ def test_a_change_counts_only_where_so_many_rows_can_tell():
         (STEPS, rewards(0.3, 0.9, 0.6), "Held-out F1 was best at step 10 (0.900) and ended at 0.600."),
         (STEPS, losses(2.0, 1.0, 1.5), "Held-out objective was best at step 10 (1.000) and ended at 1.500."),
         (STEPS, rewards(0.3, 0.9)[1:], "trainer.num_sanity_val_steps=-1"),
+        (STEPS, rewards(0.651, 0.505, rows=8), "a difference in F1 of up to 0.354 can be chance"),
         (VOTES, [], "win_rate: true in the PreferenceObjective"),
         (VOTES, win_rates(0.5, 0.9, known=0.25), "25 of 100 held-out rows have a win rate"),
         (VOTES, win_rates(0.5, 0.9, 0.6), "Held-out win rate against the start was best at step 10 (0.900)"),
@@ -162,6 +172,8 @@ def test_the_run_is_judged_by_its_reward_and_named_after_its_only_component():
     assert headline_metric(STEPS, []) == "reward"
     assert headline_metric([step(1, metrics={})], []) == "objective"
     assert judge(STEPS, rewards(0.5)).label == "F1"
+    assert judge(STEPS, [ValidationRecord(0, 0.0, {"objective": 1.5, "loss": 1.5})]).label == "loss"
+    assert judge(STEPS, [ValidationRecord(0, 0.0, {"objective": 1.5, "loss": 1.4})]).label == "objective"
     two = [ValidationRecord(0, 0.0, {"reward": 1.0, "rewards/f1": 0.5, "rewards/format": 0.5})]
     assert judge([step(1, metrics={})], two).label == "reward"
 
@@ -264,30 +276,31 @@ def read(path: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
-@pytest.mark.parametrize(
-    ("steps", "validations"),
-    [
-        (STEPS, rewards(0.3, 0.6, 0.9)),
-        ([step(1)], rewards(0.3)),
-        ([step(1)], []),
-        ([], rewards(0.3)),
-        ([], []),
-        (VOTES, win_rates(0.5, 0.9)),
-        (VOTES, []),
-        ([flat(i) for i in range(1, 30)], rewards(0.3, 0.3)),
-        ([skipped(i) for i in range(1, 30)], rewards(0.3, 0.3)),
-        ([step(i, metrics={"accuracy": 0.5}, identical_fraction=None) for i in range(1, 9)], losses(2.0, 1.0)),
-        (
-            [step(i, metrics={}, objective={}) for i in range(1, 9)],
-            [ValidationRecord(0, 0.0, {}), ValidationRecord(8, 1.0, {})],
-        ),
-        (
-            [step(i, objective={"q0+": float("nan")}, tie_fraction=float("nan")) for i in range(1, 9)],
-            rewards(float("nan")),
-        ),
-    ],
-)
-@pytest.mark.parametrize("info", [INFO, None])
+KINDS = [
+    (STEPS, rewards(0.3, 0.6, 0.9)),
+    ([step(1)], rewards(0.3)),
+    ([step(1)], []),
+    ([], rewards(0.3)),
+    ([], []),
+    (VOTES, win_rates(0.5, 0.9)),
+    (VOTES, []),
+    ([flat(i) for i in range(1, 30)], rewards(0.3, 0.3)),
+    ([skipped(i) for i in range(1, 30)], rewards(0.3, 0.3)),
+    ([step(i, metrics={"accuracy": 0.5}, identical_fraction=None) for i in range(1, 9)], losses(2.0, 1.0)),
+    (
+        [step(i, metrics={}, objective={}) for i in range(1, 9)],
+        [ValidationRecord(0, 0.0, {}), ValidationRecord(8, 1.0, {})],
+    ),
+    (
+        [step(i, objective={"q0+": float("nan")}, tie_fraction=float("nan")) for i in range(1, 9)],
+        rewards(float("nan")),
+    ),
+]
+# What is known of a run beside its records changes no figure: without it, three kinds tell enough.
+WITHOUT_INFO = [(STEPS, rewards(0.3, 0.6, 0.9), None), ([], rewards(0.3), None), ([], [], None)]
+
+
+@pytest.mark.parametrize(("steps", "validations", "info"), [*((*kind, INFO) for kind in KINDS), *WITHOUT_INFO])
 def test_every_kind_of_run_gives_a_whole_page_that_needs_nothing_else(tmp_path, steps, validations, info):
     run_folder(tmp_path, steps, validations, info=info)
     if not (steps or validations or info):
@@ -340,7 +353,7 @@ def test_a_run_by_votes_is_shown_in_votes(tmp_path):
         for s in (0, 20)
     ]
     _, page = read(write_report(run_folder(tmp_path, VOTES, win_rates(0.5, 0.75, 0.9), samples=samples)))
-    for words in ("Win rate against the start", "0.500 → 0.900", "Comparisons", "160", "a tie counts half", "-1 where"):
+    for words in ("Win rate against the start", "0.500 → 0.900", "Comparisons", "160", "a tie counts half"):
         assert words in page.text, words
     assert "Probes" not in page.text
     assert "running mean" not in page.text, "training has no win rate"
@@ -360,12 +373,72 @@ def test_samples_without_scores_have_no_column_for_them(tmp_path):
     assert "none →" not in page.text
 
 
+def shown_charts(page: Page) -> list[str | None]:
+    return [attributes.get("aria-label") for tag, attributes in page.tags if attributes.get("role") == "img"]
+
+
+def test_the_projected_gradients_are_explained_by_the_run_itself(tmp_path):
+    info = replace(INFO, scalar_meaning="The z-score of a member.")
+    _, page = read(write_report(run_folder(tmp_path, STEPS, [], info=info)))
+    assert "The z-score of a member. 20 values, 0 of them exactly 0" in page.text
+
+
+def test_every_estimator_says_what_its_scalars_are():
+    kinds = [getattr(estimators, name) for name in estimators.__all__ if name != "Estimator"]
+    meanings = [kind().scalar_meaning for kind in kinds]
+    assert len(set(meanings)) == len(kinds)
+    assert all(meaning.endswith(".") for meaning in meanings)
+    assert "scalar_meaning" in set.intersection(*(set(vars(kind)) for kind in kinds)), "the default says too little"
+    assert GRZO(normalize=False).scalar_meaning != GRZO().scalar_meaning
+    weights = {
+        Population(fitness=f, antithetic=a).scalar_meaning for f, a in product(("z_score", "centered_rank"), (0, 1))
+    }
+    assert len(weights) == 4
+
+
+@pytest.mark.parametrize(("one_slope", "values"), [(False, 80), (True, 20)])
+def test_one_slope_with_several_signs_is_counted_once(tmp_path, one_slope, values):
+    steps = [step(i, projected_grads=[-2.0, -2.0, 2.0, 2.0]) for i in range(1, 21)]
+    _, page = read(write_report(run_folder(tmp_path, steps, [], info=replace(INFO, one_slope=one_slope))))
+    assert f"{values} values, 0 of them exactly 0" in page.text
+
+
+def test_a_loss_of_targets_is_shown_beside_the_target(tmp_path):
+    samples = [
+        SampleRecord(s, i, f"prompt {i}", "", {"loss": 2.0 - (s / 20) * (-1) ** i}, target=f" right {i}\n")
+        for i in (0, 1)
+        for s in (0, 20)
+    ]
+    _, page = read(write_report(run_folder(tmp_path, STEPS, losses(2.0, 1.5), samples=samples)))
+    for words in ("Target", "Loss", "right 1", "2.00 → 1.00", "2.00 → 3.00"):
+        assert words in page.text, words
+    assert "Before" not in page.text
+    pairs = sample_pairs(samples, "objective")
+    assert [(pair.target, pair.direction) for pair in pairs] == [("right 0", "up"), ("right 1", "down")]
+
+
+def test_prompts_alone_are_not_shown(tmp_path):
+    samples = [SampleRecord(s, 0, "the row", "", {}, target="right") for s in (0, 20)]
+    _, page = read(write_report(run_folder(tmp_path, STEPS, losses(2.0, 1.5), samples=samples)))
+    assert "the row" not in page.text
+
+
+def test_a_run_that_failed_before_any_step_has_no_curve_and_nothing_to_replay(tmp_path):
+    run_folder(tmp_path, [], rewards(0.5), info=replace(INFO, status="failed"))
+    _, page = read(write_report(tmp_path))
+    assert shown_charts(page) == []
+    assert INFO.replay_command not in page.text
+    assert INFO.command in page.text
+    _, page = read(write_report(run_folder(tmp_path / "one", [step(1)], rewards(0.5))))
+    assert "F1 over the steps" in shown_charts(page)
+    assert INFO.replay_command in page.text
+
+
 def test_the_divergence_from_the_base_is_drawn_beside_the_reward(tmp_path):
     steps = [step(i, metrics={"reward": 0.4, "kl": 0.01 * i}) for i in range(1, 21)]
     validations = [replace(one, metrics={**one.metrics, "kl": 0.1}) for one in rewards(0.3, 0.9)]
     _, page = read(write_report(run_folder(tmp_path, steps, validations)))
-    titles = [dict(attributes).get("aria-label") for tag, attributes in page.tags if tag == "div"]
-    assert {"F1 over the steps", "KL divergence from the base model over the steps"} <= set(titles)
+    assert {"F1 over the steps", "KL divergence from the base model over the steps"} <= set(shown_charts(page))
     assert judge(steps, validations).label == "F1"
 
 
@@ -410,6 +483,8 @@ def test_samples_are_paired_first_to_last():
     first, second = sample_pairs(samples, "reward")
     assert (first.prompt, first.before, first.now, first.direction) == ("p2", "c0", "c10", "up")
     assert second.prompt == "p4"
+    close = [replace(sample, metrics={"reward": 0.5 + sample.step / 1e4}) for sample in samples]
+    assert {pair.direction for pair in sample_pairs(close, "reward")} == {"same"}, "what looks equal has no colour"
     (alone,) = sample_pairs(samples[:1], "reward")
     assert alone.now is None
 
