@@ -40,7 +40,9 @@ from mezo_lightning.commands.predictions import PredictionWriter
 from mezo_lightning.commands.rebuild import export_checkpoint, replay_run
 from mezo_lightning.commands.reward import check_reward, rescore
 from mezo_lightning.data import PromptDataModule
+from mezo_lightning.mistakes import plain
 from mezo_lightning.module import MeZOModule
+from mezo_lightning.parser import MeZOParser
 from mezo_lightning.processes.ranks import RankError
 from mezo_lightning.refusals import check_strategy_name
 from mezo_lightning.reporting.late_loggers import BeginLogs, LateCSVLogger, LateTensorBoardLogger
@@ -89,7 +91,12 @@ class MeZOCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a strategy by its name: Lightning may have other reasons to, and would not say what to use."""
-        check_strategy_name(self._get(self.config, "trainer")["strategy"])
+        trainer = self._get(self.config, "trainer")
+        check_strategy_name(trainer["strategy"])
+        if trainer["default_root_dir"] is not None:
+            raise ValueError(
+                f"trainer.default_root_dir={str(trainer['default_root_dir'])!r} is set by run_dir: use --run_dir"
+            )
 
     def before_fit(self) -> None:
         """Refuse to write over an earlier run, before anything is loaded."""
@@ -172,13 +179,14 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _check_words(words)
         if words and words[0] in _OWN:
-            auto_cli({words[0]: _OWN[words[0]]}, args=words, as_positional=False, exit_on_error=False)
+            command = {words[0]: _OWN[words[0]]}
+            auto_cli(command, args=words, as_positional=False, exit_on_error=False, parser_class=MeZOParser)
         elif words and words[0] == "judge":
             judge_command(words[1:])
         else:
             _run(_command_line(words), args if args is None else words)
     except _USER_ERRORS as error:
-        sys.exit(f"mezo: error: {error}")
+        sys.exit(f"mezo: error: {plain(error)}")
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -211,6 +219,7 @@ def _run(command_line: type[MeZOCLI], args: list[str] | None) -> None:
         MeZOModule,
         PromptDataModule,
         trainer_class=TuningTrainer,
+        parser_class=MeZOParser,
         args=args,
         seed_everything_default=0,
         auto_configure_optimizers=False,

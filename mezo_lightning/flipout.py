@@ -52,6 +52,10 @@ class Flipout(Sampler):
     def unit_variance(self) -> bool:
         return self.sampler.unit_variance
 
+    @property
+    def inner(self) -> Sampler:
+        return self.sampler
+
     def seeded(self, seed: int) -> Flipout:
         return replace(self, sampler=self.sampler.seeded(seed), seed=seed if self.seed is None else self.seed)
 

@@ -21,7 +21,6 @@ from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from mezo_lightning.commands.predictions import PredictionCheck
@@ -99,7 +98,7 @@ class MeZOModule(pl.LightningModule):
         objective: Objective,
         estimator: Estimator = CentralDifference(),  # noqa: B008  (frozen)
         transform: Transform = Identity(),  # noqa: B008  (frozen)
-        optimizer: Callable[[Iterable], Optimizer] = MeZO,
+        optimizer: Callable[[Iterable], MeZO] = MeZO,
         lr_scheduler: LRSchedulerCallable | None = None,
         encoding: Encoding = Encoding(),  # noqa: B008  (frozen)
         evaluator: EvaluatorName = "auto",

@@ -245,6 +245,11 @@ class Sampler(ABC):
         """Whether weights decide on where directions are 0; other samplers cannot be made of such a one."""
         return False
 
+    @property
+    def inner(self) -> Sampler | None:
+        """The sampler that this one is made of, if it is made of one."""
+        return None
+
     def seeded(self, seed: int) -> Sampler:
         """This sampler with a seed wherever it draws something of its own and was given none.
 

@@ -63,6 +63,10 @@ class Scaled(Sampler):
     def unit_variance(self) -> bool:
         return False
 
+    @property
+    def inner(self) -> Sampler:
+        return self.sampler
+
     def seeded(self, seed: int) -> Scaled:
         return replace(self, sampler=self.sampler.seeded(seed))
 
@@ -130,6 +134,10 @@ class ScaledByNorm(Sampler):
     @property
     def unit_variance(self) -> bool:
         return False
+
+    @property
+    def inner(self) -> Sampler:
+        return self.sampler
 
     def seeded(self, seed: int) -> ScaledByNorm:
         return replace(self, sampler=self.sampler.seeded(seed))

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
 from mezo_lightning.optimizer import MeZO
+from mezo_lightning.parameters import ParameterSpace
+from mezo_lightning.samplers import Sampler
 
 
 def build_optimizer(
     make_optimizer: Callable[[Iterable], Optimizer],
     make_scheduler: LRSchedulerCallable | None,
     named: Sequence[tuple[str, Tensor]],
-    seed: int = 0,
+    seed: int | None = None,
 ) -> tuple[MeZO, Any]:
     """The optimizer over some named parameters, and its scheduler or None.
 
@@ -25,15 +28,19 @@ def build_optimizer(
         make_optimizer: Makes it.
         make_scheduler: Makes its scheduler; None for none.
         named: The parameters.
-        seed: For what its sampler draws beside directions, if that has no seed of its own.
+        seed: For what its sampler draws beside directions, if that has no seed of its own; None for a trial, whose
+            parameters are not those of the model.
 
     Raises:
-        ValueError: If the optimizer needs gradients, or the scheduler waits for a figure without saying which.
+        ValueError: If the optimizer needs gradients, its sampler names parameters that are not there, or the scheduler
+            waits for a figure without saying which.
     """
     optimizer = make_optimizer(named)
     if not isinstance(optimizer, MeZO):
         raise ValueError(f"model.optimizer={type(optimizer).__name__} needs gradients, and there are none; use MeZO")
-    optimizer.space.sampler = optimizer.space.sampler.seeded(seed)
+    if seed is not None:
+        optimizer.space.sampler = optimizer.space.sampler.seeded(seed)
+        _check_names(optimizer.space)
     scheduler = None if make_scheduler is None else make_scheduler(optimizer)
     if isinstance(scheduler, torch_schedulers.ReduceLROnPlateau) and not isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
@@ -41,6 +48,14 @@ def build_optimizer(
             "lightning.pytorch.cli.ReduceLROnPlateau, with init_args: {monitor: val/reward, mode: max}"
         )
     return optimizer, scheduler
+
+
+def _check_names(space: ParameterSpace) -> None:
+    """Draw one element of each sampler that another one is made of: they look for names when they first draw."""
+    sampler: Sampler | None = space.sampler
+    while sampler is not None:
+        sampler.bind(space.table).fill(torch.empty(1), seed=0, start=0)
+        sampler = sampler.inner
 
 
 def step_after_training_step(scheduler: Any) -> None:

@@ -72,6 +72,10 @@ class Sparse(Sampler):
     def looks_at_weights(self) -> bool:
         return True
 
+    @property
+    def inner(self) -> Sampler:
+        return self.sampler
+
     def seeded(self, seed: int) -> Sparse:
         return replace(self, sampler=self.sampler.seeded(seed))
 

@@ -169,6 +169,10 @@ class Subset(Sampler):
     def unit_variance(self) -> bool:
         return False
 
+    @property
+    def inner(self) -> Sampler:
+        return self.sampler
+
     def seeded(self, seed: int) -> Subset:
         return replace(self, sampler=self.sampler.seeded(seed), seed=seed if self.seed is None else self.seed)
 

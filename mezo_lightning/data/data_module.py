@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from mezo_lightning.data.batch import Batch as Batch
 from mezo_lightning.data.loaders import FixedLoader, TrainLoader, permutation
@@ -17,6 +18,11 @@ from mezo_lightning.data.rows import EMBEDDED, HUB, Row, read_rows, with_split
 
 _SPLITS = ("train", "validation", "test")
 _NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+_TEST_ROWS = "data.test to a source, or data.num_test to draw them of data.train"
+_NO_ROWS = {
+    "test": f"There are no rows to test: set {_TEST_ROWS}",
+    "predict": f"There are no rows to predict: set data.predict to a source; targets are not needed. Or {_TEST_ROWS}",
+}
 
 
 class PromptDataModule(LightningDataModule):
@@ -95,6 +101,7 @@ class PromptDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, draws and renders what the stage needs; whatever is wrong with the data is said here."""
+        stage = TrainerFn(stage).value if stage else None  # Lightning gives the enum
         needed = _NEEDED[stage] if stage else _SPLITS
         if stage == "predict" and "predict" not in self.sources:
             needed = ("test",)
@@ -109,9 +116,7 @@ class PromptDataModule(LightningDataModule):
             number = len(self.splits["train"])
             raise ValueError(f"batch_size={self.batch_size} is more than the {number} rows to train on.")
         if stage in ("test", "predict") and not self.splits.keys() & {"test", stage}:
-            raise ValueError(
-                f"There are no rows to {stage}: set `test` to a source, or `num_test` to draw them of `train`."
-            )
+            raise ValueError(_NO_ROWS[stage])
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches that go on after a resume where they stopped."""

@@ -7,6 +7,7 @@ PEFT by itself draws from the global generator and keeps adapters in fp32.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from mezo_lightning.mistakes import nearest
 from mezo_lightning.models.quantised import dense_adapter, dense_model, plain_tensors, quantised_names
 from mezo_lightning.models.virtual_tokens import (
     PREFIX,
@@ -41,11 +43,19 @@ def adapter_config(adapter: dict[str, Any]) -> PeftConfig:
         ValueError: If PEFT is missing, or it is none, or one that cannot be tuned.
     """
     try:
-        from peft import get_peft_config
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_config
     except ImportError as error:
         raise ValueError("adapter needs PEFT; install it with `pip install mezo-lightning[peft]`") from error
     if "peft_type" not in adapter:
         raise ValueError(f"adapter={adapter} names no peft_type; write for example peft_type: LORA")
+    known = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = str(adapter["peft_type"])
+    if kind not in known:
+        raise ValueError(f"adapter: peft_type {kind} is unknown: choose {', '.join(known)}{nearest(kind, list(known))}")
+    fields = [field.name for field in dataclasses.fields(known[kind])]
+    for name in adapter:
+        if name not in fields:
+            raise ValueError(f"adapter: {kind} has no {name!r}{_meant(name, fields)}")
     defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": False}
     if adapter["peft_type"] == "PROMPT_TUNING":
         defaults["prompt_tuning_init"] = "SAMPLE_VOCAB"  # PEFT's noise of std 1 is far from any word
@@ -66,8 +76,6 @@ def with_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
         adapter: A PEFT configuration.
     """
     config = adapter_config(adapter)
-    from peft import get_peft_model
-
     activations = None
     if config.is_prompt_learning:
         check_attention(model, adapter["peft_type"])
@@ -79,7 +87,7 @@ def with_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
             set_sizes(config, 1, 1, embeddings.weight.shape[1])
     with plain_tensors(), torch.random.fork_rng(devices=[]), _quiet():
         torch.default_generator.manual_seed(ADAPTER_SEED)  # torch.manual_seed would reseed the GPUs too
-        wrapped = cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=False))
+        wrapped = _put_on(model, config)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
@@ -99,6 +107,30 @@ def merged(model: CausalLM) -> CausalLM:
         return model
     copied = dense_adapter(model) if quantised_names(model) else copy.deepcopy(model)
     return cast(PreTrainedModel, copied.merge_and_unload())  # pyright: ignore[reportCallIssue]
+
+
+def _meant(name: str, fields: list[str]) -> str:
+    return "; the rank is called r" if name == "rank" and "r" in fields else nearest(name, fields)
+
+
+def _put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    from peft import get_peft_model
+
+    try:
+        return cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=False))
+    except ValueError as error:
+        if "target" not in str(error).lower():
+            raise
+        matrices = (
+            name for name, module in model.named_modules() if getattr(module, "weight", torch.empty(0)).ndim == 2
+        )
+        names = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
+        given = getattr(config, "target_modules", None)
+        wanted = sorted(given) if isinstance(given, set | list) else given
+        raise ValueError(
+            f"adapter: target_modules: {wanted} does not fit {type(model).__name__}, whose matrices are called "
+            f"{', '.join(names[:12])}"
+        ) from error
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -117,8 +118,9 @@ class Pretrained:
         if quantization is not None and not gguf_file:
             options |= {"quantization_config": quantization, "device_map": {"": "cpu"}}
         with plain_tensors():  # Lightning's default device is the run's, which transformers would take for a device map
-            opened_by = auto_class(self.kind, self.name, source, options)
-            model, found = opened_by.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+            with _asking(self.name, source):
+                opened_by = auto_class(self.kind, self.name, source, options)
+                model, found = opened_by.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
             self._check_complete(model, found["missing_keys"])
             if quantization is not None and gguf_file:
                 model = quantise(_serialisable(model), quantization)
@@ -170,9 +172,10 @@ class Pretrained:
         """The tokenizer, padding on the left, with a pad token."""
         source, gguf_file = self.locate()
         options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
-        )
+        with _asking(self.name, source):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
+            )
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -190,9 +193,27 @@ class Pretrained:
         if folder.is_dir():
             _check_folder(folder, self.gguf_file)
             return str(folder), self.gguf_file
-        if folder.exists() or self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1:
+        if folder.exists() or _looks_like_a_path(self.name):
             raise FileNotFoundError(f"name={self.name!r} is not a folder; give the folder of the model or a Hub id")
         return self.name, self.gguf_file
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether a name that is no folder was meant to be one, so that the Hub need not be asked, and asked again."""
+    beside = "/" in name and Path(name).parent.is_dir()
+    return beside or name.startswith(("/", ".", "~", "runs/")) or name.count("/") > 1
+
+
+@contextmanager
+def _asking(name: str, source: str) -> Iterator[None]:
+    """Say in a sentence what transformers could not find on the Hub."""
+    try:
+        yield
+    except OSError as error:
+        if Path(source).is_dir():
+            raise
+        cause = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"name={name!r} is neither a folder here nor found on the Hub: {cause}") from error
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -281,6 +302,11 @@ def _freeze_others(model: CausalLM, pattern: str) -> None:
     names = {name for name, p in model.named_parameters() if p.requires_grad and name in fitting}
     if not names:
         example = next(iter(name for name, p in model.named_parameters() if p.requires_grad))
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"trainable={pattern!r} fits no parameter's name of the adapter: with an adapter it chooses among its "
+                f"weights, such as {example!r}; set model.pretrained.trainable: null to tune all of them"
+            )
         raise ValueError(f"trainable={pattern!r} fits no parameter's name; one is called {example!r}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)

@@ -111,7 +111,9 @@ def check_virtual_tokens(adapter: Mapping[str, Any]) -> None:
     """
     kind = str(adapter["peft_type"])
     if kind not in (PREFIX, PROMPT):
-        raise ValueError(f"adapter: peft_type {kind} is not supported; of those with virtual tokens, use {PREFIX}")
+        raise ValueError(
+            f"adapter: peft_type {kind} is not supported; of those with virtual tokens, use {PREFIX} or {PROMPT}"
+        )
     count = adapter.get("num_virtual_tokens")
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"adapter: num_virtual_tokens={count} must be at least 1; MeZO takes 5 for a prefix")

@@ -14,7 +14,7 @@ REWARD = "--model.objective.init_args.reward"
 
 
 @pytest.mark.parametrize(("config", "words", "message"), [
-    ("loss", ["--model.bogus", 1], "--model.bogus"),
+    ("loss", ["--model.bogus", 1], "there is no option model.bogus; model has pretrained"),
     ("loss", ["--config", "{tmp}/bogus.yaml"], "bogus"),
     ("loss", ["--model.optimizer.init_args.learning_rate", 1], "learning_rate"),
     ("loss", ["--model.evaluator", "magic"], "model.evaluator"),

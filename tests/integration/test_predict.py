@@ -87,6 +87,16 @@ def test_one_long_row_among_many_is_named_before_a_line_is_written(predict: Any,
     assert not lines
 
 
+def test_without_rows_it_says_which_to_give(command: Command, reward_config: Path, tmp_path: Path):
+    for name, wanted in (
+        ("predict", "no rows to predict: set data.predict to"),
+        ("test", "no rows to test: set data.test"),
+    ):
+        done = command(name, "--config", reward_config, "--run_dir", tmp_path / "run")
+        assert str(done.code).startswith(f"mezo: error: There are {wanted}"), done.output
+        assert "TrainerFn" not in str(done.code)
+
+
 def test_a_prediction_that_fails_leaves_the_last_one(predict: Any, loss_config: Path, reward_config: Path):
     _, before, _ = predict(reward_config)
     done, after, _ = predict(loss_config)

@@ -93,10 +93,21 @@ def test_the_same_resume_is_good_where_nothing_is_wrong(command: Command, runs: 
     assert "max_steps: 7" in (tmp_path / "one/config.yaml").read_text()
 
 
+def sampled_by(name: str, **settings: Any) -> list[str]:
+    sampler = {"class_path": name, "init_args": settings}
+    return ["--model.optimizer", json.dumps({"class_path": "MeZO", "init_args": {"sampler": sampler}})]
+
+
+SCALED = {"class_path": "Scaled", "init_args": {"scales": {"nowhere": 2.0}}}
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--data.train", "/nowhere/rows.jsonl"], "does not exist"),
     (["--data.target", "null"], "CrossEntropy needs something to predict"),
     (["--model.pretrained.name", "/nowhere/model"], "is not a folder"),
+    (sampled_by("Subset", blocks="nowhere"), "Subset(blocks='nowhere') is found in the name of no trainable parameter"),
+    (sampled_by("Scaled", **SCALED["init_args"]), "'nowhere' is found in the name of no trainable parameter"),
+    (sampled_by("Subset", sampler=SCALED), "'nowhere' is found in the name of no trainable parameter"),
 ])  # fmt: skip
 def test_a_refused_start_leaves_no_folder(
     words: list[Any], message: str, command: Command, loss_config: Path, tmp_path: Path

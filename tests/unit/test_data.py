@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.trainer.states import TrainerFn
 
 from mezo_lightning.data import PromptDataModule
 from mezo_lightning.data.batch import Batch
@@ -237,9 +238,22 @@ def test_without_validation_rows_there_is_no_loader(source: str) -> None:
     data.setup("fit")
     assert data.val_dataloader() == []
     assert len(data.splits["train"]) == 20
-    for stage in ("test", "predict"):
-        with pytest.raises(ValueError, match=f"no rows to {stage}: set `test` to a source"):
+    for stage, message in (
+        ("test", "no rows to test: set data.test to"),
+        ("predict", "no rows to predict: set data.pre"),
+    ):
+        with pytest.raises(ValueError, match=message):
             data.setup(stage)
+
+
+@pytest.mark.parametrize(("stage", "message"), [
+    (TrainerFn.TESTING, "There are no rows to test: set data.test to a source, or data.num_test"),
+    (TrainerFn.PREDICTING, "There are no rows to predict: set data.predict to a source"),
+])  # fmt: skip
+def test_lightnings_names_of_stages_are_not_in_messages(source: str, stage: TrainerFn, message: str) -> None:
+    data: Any = PromptDataModule(source, "{n}")
+    with pytest.raises(ValueError, match=message):
+        data.setup(stage)
 
 
 def test_predict_needs_no_labels(source: str, tmp_path: Path) -> None:

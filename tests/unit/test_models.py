@@ -50,11 +50,22 @@ def test_pad_token_falls_back_to_the_end_token(tokenizer, folder):
     assert Pretrained(str(folder)).load_tokenizer().pad_token_id == 2
 
 
-def test_clear_messages_for_what_cannot_be_loaded(folder, tmp_path):
+def test_clear_messages_for_what_cannot_be_loaded(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="float64"):
         Pretrained(str(folder)).load(torch.float64)
     with pytest.raises(FileNotFoundError, match="not a folder"):
         Pretrained("./no/such/folder").load()
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/encoder", "models/gone", "a/b/c"):  # the Hub, which is not asked, would be offline
+        with pytest.raises(FileNotFoundError, match=f"name='{name}' is not a folder"):
+            Pretrained(name).load()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (Pretrained("nobody/nothing").load, Pretrained("nobody/nothing").load_tokenizer):
+        with pytest.raises(
+            FileNotFoundError, match="name='nobody/nothing' is neither a folder here nor found on the Hub: "
+        ):
+            load()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Pretrained(str(tmp_path)).load()
     with pytest.raises(FileNotFoundError, match=r"x\.gguf"):
@@ -107,10 +118,23 @@ def test_adapter(folder, make_model, dtype):
 def test_adapter_mistakes(folder):
     with pytest.raises(ValueError, match="peft_type"):
         Pretrained(str(folder), adapter={"r": 8}).load()
-    with pytest.raises(ValueError, match=r"no PEFT configuration.*rank"):
-        Pretrained(str(folder), adapter={"peft_type": "LORA", "rank": 8}).load()
-    with pytest.raises(ValueError, match="no PEFT configuration"):
-        Pretrained(str(folder), adapter={"peft_type": "LOAR"}).load()
+    for changed, message in (
+        ({"rank": 8}, "LORA has no 'rank'; the rank is called r"),
+        ({"alpha": 8}, "LORA has no 'alpha'; did you mean lora_alpha?"),
+        ({"peft_type": "LOAR"}, r"peft_type LOAR is unknown: choose .*; did you mean LORA\?"),
+        ({"peft_type": "PREFIX"}, r"peft_type PREFIX is unknown: .*PREFIX_TUNING.*; did you mean PREFIX_TUNING\?"),
+        ({"target_modules": ["query"]}, r"target_modules: \['query'\] does not fit OPTForCausalLM, .* q_proj"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pretrained(str(folder), adapter=LORA | changed).load()
+
+
+def test_with_an_adapter_trainable_chooses_among_its_weights(folder):
+    message = r"trainable='bias' .* of the adapter: .* such as '.*lora_A.*model.pretrained.trainable: null"
+    with pytest.raises(ValueError, match=message):
+        Pretrained(str(folder), adapter=LORA, trainable="bias").load()
+    chosen = Pretrained(str(folder), adapter=LORA, trainable="lora_B").load()
+    assert all("lora_B" in name for name, p in chosen.named_parameters() if p.requires_grad)
 
 
 def test_objectives_run_on_an_adapter(folder, make_batch):
