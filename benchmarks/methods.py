@@ -4,8 +4,8 @@
     python benchmarks/methods.py --table FILE
 
 Learning rates mean something else to each method, so what is tried is a grid of sizes: the RMS change of a coordinate
-in the first step, in units of the task's. The learning rate that gives it comes from a few steps whose size is read
-from their trajectory. The grid is run on one seed, and its best on three fresh ones.
+that moves in the first step, in units of the task's. The learning rate that gives it comes from a few steps whose size
+is read from their trajectory. The grid is run on one seed, and its best on three fresh ones.
 
 Each run that was made is a line of benchmarks/results/methods.jsonl, and is not made again. The SST-2 tasks need `make
 smollm2` and DIR with SST-2's train.tsv and dev.tsv.
@@ -54,9 +54,15 @@ class Method:
     """Parts of the optimizer that are not the usual ones."""
 
 
+def along(sampler: str, **settings: Any) -> Method:
+    """n-SPSA with other directions than Gaussian ones."""
+    parts = {"sampler": {"class_path": sampler, "init_args": settings}}
+    return Method("CentralDifference", 8, {"num_queries": 4}, parts)
+
+
 RADEMACHER = {"sampler": {"class_path": "Rademacher"}}
 HALF = {"sampler": {"class_path": "Subset", "init_args": {"fraction": 0.5}}}
-METHODS = {
+FIELD = {
     "MeZO": Method("CentralDifference", 2, {"num_queries": 1}),
     "n-SPSA, 4 queries": Method("CentralDifference", 8, {"num_queries": 4}),
     "n-SPSA, 4 queries, Rademacher": Method("CentralDifference", 8, {"num_queries": 4}, RADEMACHER),
@@ -69,14 +75,26 @@ METHODS = {
         "Population", 8, {"population_size": 8, "antithetic": True, "fitness": "centered_rank"}
     ),
     "votes of 4 pairs": Method("Comparison", 8, {"num_queries": 4}),
+    "ranking of 8 points": Method("Ranking", 8, {"num_points": 8}),
     "GRZO": Method("GRZO", 2, {}, {"sampler": {"class_path": "Flipout"}}),
     "ConMeZO": Method("Cone", 2, {}, {"update": {"class_path": "Trail"}}),
     "LeZO, half of the layers": Method("CentralDifference", 2, {"num_queries": 1}, HALF),
     "MeZO, momentum": Method("CentralDifference", 2, {"num_queries": 1}, {"update": {"class_path": "Momentum"}}),
     "MeZO, scalar Adam": Method("CentralDifference", 2, {"num_queries": 1}, {"update": {"class_path": "ScalarAdam"}}),
 }
-# One method of each kind: few or several queries, a chosen direction, normalised one-sided probes.
-SHORTLIST = ("MeZO", "n-SPSA, 4 queries", "MeZO-GV, M = 6", "FZOO, 7 queries")
+# Runs have 16 steps: subspaces that the papers keep for 50 to 1000 steps are kept for 4, so that there are several.
+OF_MATRICES = {
+    "LOZO, rank 2": along("LowRank", rank=2, refresh_left=0, refresh_right=4),
+    "SubZero, rank 16": along("LowRank", rank=16, core="dense", refresh_left=4, refresh_right=4),
+    "Sparse-MeZO, a quarter": along("Sparse", fraction=0.25),
+    "LeZO, half of the layers, 4 queries": along("Subset", fraction=0.5),
+    "TeZO, rank 32": along("LowRank", rank=32, core="diagonal", refresh_left=None, refresh_right=None),
+    "EGGROLL, rank 1": along("LowRank", rank=1, refresh_left=0, refresh_right=0),
+    "upper layers twice as far": along("Scaled", scales={r"layers\.[23]\.": 2.0}),
+}
+METHODS = FIELD | OF_MATRICES
+# One method of each kind: few or several queries, two chosen directions, normalised one-sided probes.
+SHORTLIST = ("MeZO", "n-SPSA, 4 queries", "MeZO-GV, M = 6", "MeZO-Greedy, M = 6", "FZOO, 7 queries")
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class Task:
     scored: Scored
     epsilon: float
     unit: float
-    """RMS change of a coordinate in the first step, at size 1; it falls linearly to a twentieth."""
+    """RMS change of a coordinate that moves in the first step, at size 1; it falls linearly to a twentieth."""
     forwards: int
     """Of a run."""
     calibration: int
@@ -102,7 +120,11 @@ class Task:
     @property
     def numbers(self) -> str:
         """In a sentence for the table."""
-        return f"{self.forwards} forward passes a run; epsilon {self.epsilon:g}, size 1 is {self.unit:g}."
+        return (
+            f"{self.forwards} forward passes a run (and {self.calibration} a method, once, for the unit of its "
+            "learning rate); "
+            f"epsilon {self.epsilon:g}, size 1 is {self.unit:g}."
+        )
 
 
 SST2 = {
@@ -151,7 +173,22 @@ TASKS = {
         forwards=200,
         calibration=48,
         validations=5,
-        methods=tuple(METHODS),
+        methods=tuple(FIELD),
+    ),
+    "matrices": Task(
+        "## The demo by matrices: directions of low rank, and parts of the weights\n\n"
+        "The demo's reward and rows; `out_proj` of the four attentions is tuned, a matrix of 128 x 128 in each layer\n"
+        "(65,536 weights). All but MeZO-GV are n-SPSA with 4 queries: of the methods they are named for, they have\n"
+        "the directions only. LOZO and SubZero draw new subspaces every 4 steps, TeZO has one for the whole run.",
+        ("quickstart.yaml",),
+        Scored("reward", "reward"),
+        epsilon=1e-2,
+        unit=4e-3,
+        forwards=128,
+        calibration=32,
+        validations=2,
+        methods=("n-SPSA, 4 queries", *OF_MATRICES, "MeZO-GV, M = 6"),
+        options={"model.pretrained.trainable": r"out_proj\.weight", "model.startup_checks": "false"},
     ),
 }
 
@@ -269,7 +306,11 @@ def estimator(method: Method, epsilon: float) -> str:
 
 
 def change(folder: Path) -> float | None:
-    """The RMS change of a coordinate in a step that changes any: directions have unit variance."""
+    """The RMS change of a coordinate that moves, in a step that changes any: there directions have unit variance.
+
+    Directions that leave out layers or weights thus have the size of what they move, and over all coordinates the root
+    of its share as much; with ``Scaled`` it is the size where the scale is 1.
+    """
     with Trajectory.open(folder) as trajectory:
         sizes = [math.sqrt(math.fsum(c[0] ** 2 for _, c in step.terms)) for step in trajectory]
     moved = [size for size in sizes if size > 0]
@@ -302,10 +343,10 @@ def present(results: Results, file: Path) -> None:
         if rows := [row for row in rows if row.tried or row.silent]:
             sections.append(table(f"{task.title}\n{task.numbers}", probes, rows, task.scored))
         if any(row.fresh for row in rows):
-            panels[name] = (task.scored, rows, probes)
+            panels[task.title.splitlines()[0].partition(":")[0].strip("# ")] = (task.scored, rows, probes)
     image = file.with_suffix(".png")
     plot(panels, image)
-    caption = "The held-out metric by forward passes: the median, and the range where few methods share a panel"
+    caption = "Held-out metrics by forward passes, medians; and at the end, for each seed"
     write(file, "\n".join([*sections, f"![{caption}]({image.name})\n"]))
 
 

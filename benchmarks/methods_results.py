@@ -12,12 +12,14 @@ from statistics import median
 import torch
 
 SIZES = (0.5, 1.0, 2.0)
-"""Of a step: the RMS change of a coordinate in the first one, in units of the task's."""
+"""Of a step: the RMS change of a coordinate that moves in the first one, in units of the task's."""
 SMALLEST, LARGEST = 0.125, 8.0
 """As long as the best size is at an end of what was tried, the one beyond it is tried too, up to these."""
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
-MOST_BANDS = 5
-"""Ranges of more methods than these would hide one another in a plot."""
+STYLES, MARKERS = ("-", "--", ":"), ("o", "s", "^")
+"""Of lines in a plot: each is for ten methods, for there are ten colours."""
+LEAST_SPAN = 0.1
+"""Of a plot's axis, or differences of one row would look large."""
 REMARKS = "## What it says"
 """From this line on, a file of results is written by hand."""
 
@@ -34,7 +36,7 @@ class Run:
     lr: float
     steps: int
     change: float | None
-    """Median RMS change of a coordinate in a step that changes any; None where all probes tied."""
+    """Median RMS change of a coordinate that moves, in a step that changes any; None where all probes tied."""
     skipped: int
     """Steps without an estimate."""
     ties: float
@@ -145,7 +147,8 @@ def table(title: str, probes: dict[str, int], rows: Sequence[TableRow], scored: 
         rows: What was measured.
         scored: What it is compared by.
     """
-    start = median(run.curve[0][1][scored.shown] for row in rows for run in row.tried.values())
+    begun = [run for row in rows for run in row.fresh.values()] or [r for row in rows for r in row.tried.values()]
+    start = median(run.curve[0][1][scored.shown] for run in begun)
     loss = scored.tuned_by == "loss"
     lines = [
         f"{title}\n",
@@ -185,11 +188,14 @@ def heading(results: Results, command: str) -> str:
         f"`OMP_NUM_THREADS=1 python {command}`: {len(results.runs)} runs, {hours:.1f} hours; "
         f"`python {command} --table FILE` made table and plot\n\n"
         "All methods of a task make the same number of forward passes of a batch. The size of a step is the RMS change "
-        "of a coordinate in the first one;\nit falls linearly to a twentieth. Sizes are tried on "
+        "in the first one of a coordinate\nthat moves (directions that leave out layers or weights change a coordinate "
+        "less, on average over all); it falls linearly to a twentieth.\nSizes are tried on "
         f"seed {TUNING_SEED} ({', '.join(f'{size:g}' for size in SIZES)}, and where the best is at an end, the "
         f"next, from {SMALLEST:g} to {LARGEST:g}), the best runs on seeds "
-        f"{', '.join(map(str, SEEDS))}:\nthe median (lowest to highest) of the last weights, and of the best that each "
-        "run saw. `ties`: samples with the same value at both probes of a\npair; `skipped`: "
+        f"{', '.join(map(str, SEEDS))}: the median (lowest to\nhighest) of the last weights, and of the best that each "
+        "run saw. The best size is that of the best last held-out value, of seed "
+        f"{TUNING_SEED} alone;\nits held-out rows are those of the other seeds (SST-2), or overlap with them (the demo "
+        "draws 200 of 494 for each seed). `ties`: samples with\nthe same value at both probes of a pair; `skipped`: "
         "steps without an estimate. All runs are in methods.jsonl.\n"
     )
 
@@ -201,7 +207,7 @@ def write(file: Path, text: str) -> None:
 
 
 def plot(panels: dict[str, tuple[Scored, Sequence[TableRow], dict[str, int]]], file: Path) -> None:
-    """The median of the held-out metric by forward passes, one panel a task, the range over the seeds as a band.
+    """Two panels a task: the median of the held-out metric by forward passes, and the last value of each seed.
 
     Args:
         panels: By heading: what is compared, the methods, and the forward passes of their steps.
@@ -212,19 +218,29 @@ def plot(panels: dict[str, tuple[Scored, Sequence[TableRow], dict[str, int]]], f
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    heights = [max(2.6, 1.0 + 0.26 * sum(bool(row.fresh) for row in rows)) for _, rows, _ in panels.values()]
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False
+        *(len(panels), 2), figsize=(12, sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
     )
-    for (title, (scored, rows, probes)), ax in zip(panels.items(), axes[0], strict=True):
+    for (title, (scored, rows, probes)), (curves, ends) in zip(panels.items(), axes, strict=True):
         drawn = [row for row in rows if row.fresh]
         for number, row in enumerate(drawn):
             by_step = list(zip(*(run.curve for run in row.fresh.values()), strict=True))
             x = [points[0][0] * probes[row.method] for points in by_step]
             y = [[metrics[scored.shown] for _, metrics in points] for points in by_step]
-            style = ("-", "--", ":")[number // 10]  # there are ten colours
-            [line] = ax.plot(x, [median(some) for some in y], style, label=row.method, marker=".")
-            if len(drawn) <= MOST_BANDS:
-                ax.fill_between(x, list(map(min, y)), list(map(max, y)), alpha=0.1, color=line.get_color())
-        ax.set(title=title, xlabel="forward passes of a batch", ylabel=f"held-out {scored.shown}")
-        ax.legend(fontsize=7)
+            look = {"color": f"C{number % 10}", "marker": MARKERS[number // 10]}
+            curves.plot(x, [median(some) for some in y], STYLES[number // 10], markersize=4, **look)
+            ends.plot([min(y[-1]), max(y[-1])], [number] * 2, color=look["color"], linewidth=1)
+            ends.plot(y[-1], [number] * len(y[-1]), linestyle="none", markersize=5, fillstyle="none", **look)
+            ends.plot([median(y[-1])], [number], "|", color=look["color"], markersize=14, markeredgewidth=3)
+        ends.margins(y=0.6 / len(drawn))
+        for limits, widen in ((curves.get_ylim(), curves.set_ylim), (ends.get_xlim(), ends.set_xlim)):
+            middle = sum(limits) / 2
+            widen(min(limits[0], middle - LEAST_SPAN / 2), max(limits[1], middle + LEAST_SPAN / 2))
+        ends.set_yticks(range(len(drawn)), [row.method for row in drawn], fontsize=8)
+        ends.locator_params(axis="x", nbins=6)
+        ends.invert_yaxis()
+        ends.grid(axis="x", alpha=0.3)
+        ends.set(title="at the end: each seed, and the median (bar)", xlabel=f"held-out {scored.shown}")
+        curves.set(title=title, xlabel="forward passes of a batch", ylabel=f"held-out {scored.shown}, median")
     figure.savefig(file, dpi=120)
