@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from rich.console import Group
 from rich.text import Text
 
 from mezo_lightning.data import PromptDataModule
@@ -63,8 +64,8 @@ class TuningTrainer(Trainer):
         folder = Path(self.default_root_dir)
         _save(tuning, units, folder)
         write(table(tuning, units))
-        for line in (f"options: {options(tuning, units)}", f"picture: {folder / 'tuning.png'}"):
-            write(Text(line, no_wrap=True, overflow="ignore"))
+        closing = f"options: {options(tuning, units)}", f"picture: {folder / 'tuning.png'}"
+        write(Group(*(Text(line, no_wrap=True, overflow="ignore") for line in closing)))
         return tuning
 
 
